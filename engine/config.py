@@ -1,0 +1,135 @@
+"""YAML -> typed config: Run, Evaluation or Pipeline, every mistake told at once. Imports no heavy library."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import ValidationError
+
+from engine.components import Component, Named, component, mistakes_of, signature_of, table_of
+from engine.errors import ConfigError, Interrupted, Mistake, UserError
+from engine.merge import MergeRules, override, read
+from engine.schema import Augment, Data, Evaluate, Evaluation, Gate, Pipeline, Run, Stage, Train, references
+from engine.sections import ComponentSection, Config, Section
+from engine.values import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Size
+from engine.yaml_source import Node, Problem, Source, dump, from_plain, to_plain
+
+__all__ = [
+    "Augment",
+    "Component",
+    "Config",
+    "ConfigError",
+    "Data",
+    "Evaluate",
+    "Evaluation",
+    "Gate",
+    "Interrupted",
+    "NonNegative",
+    "NonNegativeInt",
+    "Pipeline",
+    "Positive",
+    "PositiveInt",
+    "Probability",
+    "Run",
+    "Size",
+    "Stage",
+    "Train",
+    "UserError",
+    "component",
+    "dump",
+    "from_dict",
+    "load",
+    "references",
+    "signature_of",
+    "table_of",
+]
+
+KINDS: dict[str, type[Config]] = {"run": Run, "evaluation": Evaluation, "pipeline": Pipeline}
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] | Mapping[str, Any] = (),
+    kind: str | None = None,
+    origin: str = "command line",
+) -> Run | Evaluation | Pipeline:
+    """The config of a YAML file with overrides on top: ["a.b=c", ...] or {"a.b": value}; a mapping replaces.
+
+    kind: a key of KINDS, told by the file's keys where None. origin: the source that is shown for overrides.
+    Raises ConfigError with every mistake, UserError for a file that can't be read.
+    """
+    problems: list[Problem] = []
+    tree = read(path, RULES, problems)
+    override(tree, overrides, RULES, origin, problems)
+    _anchor_stages(tree)
+    return _validated(tree, kind, problems)
+
+
+def from_dict(
+    mapping: Mapping[str, Any], kind: str | None = None, origin: str = "stored config"
+) -> Run | Evaluation | Pipeline:
+    """The config of a resolved mapping, such as the one in a checkpoint; origin names it in messages."""
+    return _validated(from_plain(mapping, Source(origin)), kind, [])
+
+
+def _validated(tree: Node, kind: str | None, problems: list[Problem]) -> Any:
+    plain, sources = to_plain(tree)
+    config = None
+    try:
+        config = KINDS[kind or _kind(plain)].model_validate(plain)
+    except ValidationError as error:
+        problems = [*problems, *(_placed(mistake, sources) for mistake in mistakes_of(error))]
+    if problems:
+        ordered = sorted(problems, key=lambda problem: (not problem.source.line, problem.source))
+        raise ConfigError([f"{problem.source}: {problem.message}" for problem in dict.fromkeys(ordered)])
+    config._sources.update(sources)
+    return config
+
+
+def _kind(plain: dict) -> str:
+    if "stages" in plain:
+        return "pipeline"
+    return "evaluation" if {"baselines", "gates", "ensembles"} & set(plain) else "run"
+
+
+def _placed(mistake: Mistake, sources: dict[tuple, Source]) -> Problem:
+    """With the line of its key, or of the section around it where the key is missing."""
+    path = mistake.path
+    while path not in sources:
+        path = path[:-1]
+    return Problem(sources[path], str(mistake))
+
+
+def _anchor_stages(tree: Node) -> None:
+    """Takes a stage's file from beside the file that names it; one of the command line stays as it is."""
+    stages = tree.value.get("stages")
+    for stage in stages.value.values() if stages and isinstance(stages.value, dict) else ():
+        config = stage.value.get("config") if isinstance(stage.value, dict) else None
+        if config and isinstance(config.value, str) and config.source.line:
+            config.value = os.path.normpath(Path(config.source.file).parent / config.value)
+
+
+def _component_paths(section: type[Section], above: tuple = ()) -> dict[tuple, tuple[str, frozenset]]:
+    """Where named components stand: path -> (key of the name, keys that are no arguments)."""
+    found: dict[tuple, tuple[str, frozenset]] = {}
+    for name, field in section.model_fields.items():
+        path, annotation = (*above, name), field.annotation
+        for part in get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,):
+            for mark in (*field.metadata, *get_args(part)):
+                if isinstance(mark, Named):
+                    found[path] = (mark.key, frozenset())
+            if isinstance(part, type) and issubclass(part, ComponentSection):
+                found[path] = (part.key, frozenset(part.fixed_keys()))
+            elif isinstance(part, type) and issubclass(part, Section):
+                found |= _component_paths(part, path)
+    return found
+
+
+RULES = MergeRules(
+    components=_component_paths(Run),
+    # These name runs as a list would: a file that names its own experts does not want its base's as well.
+    replaced=(("experts",), ("baselines",), ("gates",)),
+    dotted=(("set",), ("stages", "*", "set")),
+)

@@ -1,0 +1,92 @@
+"""One optimiser step: gradients of a phase over its micro-batches, and the watch for NaN and inf."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import UserError
+
+
+@dataclass
+class Phase:
+    """A loss with the parameters that it trains. Every step takes the phases in turn on the same images.
+
+    loss(model, images, labels) gives (sum, count) for float images [B, 3, H, W] in [0, 1] and int64 labels.
+    The parameters are those of the optimizer; no others get a gradient. The scheduler moves per step.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    parameters: Sequence[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def compute_gradients(
+    phase: Phase, network: nn.Module, inputs: Sequence[tuple[Tensor, Tensor]], bf16: bool = False
+) -> Tensor:
+    """Leaves in the phase's parameters the gradient of sum / count over all micro-batches together.
+
+    inputs: (uint8 images, int64 labels) of each micro-batch. Returns float64 (sum, count, gradient norm)."""
+    phase.optimizer.zero_grad()
+    total = count = torch.zeros((), dtype=torch.float64, device=inputs[0][0].device)
+    for images, labels in inputs:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            loss, number = phase.loss(network, images.float() / 255, labels)
+        loss.backward(inputs=list(phase.parameters))
+        total, count = total + loss.detach(), count + number
+    gradients = [parameter.grad for parameter in phase.parameters if parameter.grad is not None]
+    # Divided at the end, since only then the count is known; without any labelled pixel the gradient is 0.
+    torch._foreach_mul_(gradients, torch.where(count > 0, 1 / count, 0.0).float())
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return torch.stack([total, count, norm.double()])
+
+
+class Watch:
+    """Loss and gradient norm of the last steps, left on the device: only a look waits for them."""
+
+    def __init__(self, last: Path):
+        self.last = last  # last.pt, for the message
+        self.steps: list[tuple[str, list[str], Tensor]] = []
+
+    def add(self, place: str, frames: list[str], values: Tensor) -> None:
+        """values: what compute_gradients returns."""
+        self.steps.append((place, frames, values))
+
+    def look(self) -> None:
+        """Raises UserError for the first NaN or inf since the last look: step, loss, frames, what to do."""
+        if not self.steps:
+            return
+        for (place, frames, _), (total, count, norm) in zip(
+            self.steps, torch.stack([values for *_, values in self.steps]).tolist(), strict=True
+        ):
+            loss = total / count if count else total
+            if not math.isfinite(loss):
+                raise UserError(self.message(f"{place}: the loss is {loss}", frames))
+            if not math.isfinite(norm):
+                raise UserError(
+                    self.message(f"{place}: the norm of the gradient is {norm} (loss {loss})", frames)
+                )
+        self.steps.clear()
+
+    def look_at_weights(self, place: str, phases: Sequence[Phase]) -> None:
+        """Raises UserError where a step has left NaN or inf in the weights."""
+        for phase in phases:
+            if not torch.nn.utils.get_total_norm(
+                [parameter.detach() for parameter in phase.parameters]
+            ).isfinite():
+                frames = self.steps[-1][1] if self.steps else []
+                raise UserError(
+                    self.message(f"{place}: the weights of phase {phase.name!r} are not finite", frames)
+                )
+
+    def message(self, what: str, frames: list[str]) -> str:
+        kept = f"{self.last} holds the state before" if self.last.exists() else "no state was saved before"
+        return (
+            f"training stopped at {what}; frames of the batch: {', '.join(frames) or 'unknown'}. "
+            f"{kept}. Lower train.optimizer.lr, set train.clip_norm or precision: fp32, or check the frames"
+        )

@@ -1,0 +1,1 @@
+"""From networks and frames to per-image confusion matrices, and from those to every table."""

@@ -1,0 +1,249 @@
+"""Every table of an evaluation: results.csv, matrix.csv/.md/.tex, classes.md, gate.csv. Runs nothing."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from engine.runs import atomic_write
+from evaluation.formats import latex_escape, markdown_table, number, percent
+from evaluation.results import Results
+from metrics.confusion import iou_per_class
+from metrics.gate import gate_statistics
+
+RESULT_COLUMNS = (
+    "model", "kind", "subset", "corruption", "severity", "suite", "attack", "eps", "metric", "class", "value",
+    "ci_low", "ci_high", "units", "n_images", "passes_per_image",
+)  # fmt: skip
+GATE_COLUMNS = (
+    "model", "subset", "class", "expert", "mean", "std", "entropy_of_mean", "mean_entropy", "entropy_max",
+    "collapsed", "dead_share", "n_images",
+)  # fmt: skip
+FEW_IMAGES = 10  # a class in fewer images than this is marked: its IoU says little
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row costs, and a remark; None or "" where it does not apply.
+
+    `images_seen` and `steps`: training images drawn and optimiser steps, those of its experts included.
+    """
+
+    parameters: int | None = None
+    trained_parameters: int | None = None
+    gmacs: float | None = None
+    images_seen: int | None = None
+    steps: int | None = None
+    note: str = ""
+
+
+COSTS = tuple(field.name for field in fields(Cost))
+UNKNOWN = Cost()
+NOTHING: Mapping = MappingProxyType({})
+
+
+def write_tables(
+    folder: str | Path,
+    results: Results,
+    costs: Mapping[str, Cost] = NOTHING,
+    subsets: Sequence[str] = (),
+    dead_shares: Mapping[str, float] = NOTHING,
+) -> None:
+    """Writes all tables into a folder, results.csv last: where it is, the others are. `costs` by row;
+    `subsets`: columns in this order (none given: all there are); `dead_shares` by gate: share of images on
+    which its hidden layer is all zero."""
+    subsets = list(subsets) or results.subset_names
+    matrix = matrix_rows(results, subsets, costs)
+    files = {
+        "matrix.csv": _csv(list(matrix[0]), matrix),
+        "matrix.md": matrix_markdown(results, subsets, matrix),
+        "matrix.tex": matrix_latex(results, subsets, matrix),
+        "classes.md": classes_markdown(results, subsets),
+        "gate.csv": _csv(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
+        "results.csv": _csv(RESULT_COLUMNS, result_rows(results, subsets)),
+    }
+    for name, text in files.items():
+        atomic_write(Path(folder) / name, text.encode())
+
+
+def result_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
+    """One row per figure, values as fractions in [0, 1] (counts as they are). Rows of model "labels" tell in
+    how many images of the subset a class has ground truth."""
+    rows = []
+    for subset in subsets:
+        mask = results.mask(subset)
+        units = len({block for block, wanted in zip(results.blocks, mask, strict=True) if wanted})
+        base = {"subset": subset, "units": units, "n_images": int(mask.sum())}
+        for class_name, count in zip(results.protocol.classes, results.present(subset).tolist(), strict=True):
+            images = {"model": "labels", "kind": "labels", "metric": "images", "class": class_name}
+            rows.append({**base, **images, "value": count})
+        for name in results.names():
+            total = results.total(name, subset)
+            values = {
+                "miou": results.miou(name, subset),
+                "miou_common": results.miou_common(name, subset, subsets),
+                **results.figures(name, subset),
+                "classes_counted": results.counted(name, subset) if total.any() else math.nan,
+            }
+            model = {**base, "model": name, "kind": results.row(name).kind}
+            rows += [{**model, "metric": metric, "value": value} for metric, value in values.items()]
+            for class_name, iou in zip(results.protocol.classes, iou_per_class(total).tolist(), strict=True):
+                rows.append({**model, "metric": "iou", "class": class_name, "value": iou})
+    return rows
+
+
+def matrix_rows(results: Results, subsets: Sequence[str], costs: Mapping[str, Cost]) -> list[dict]:
+    """One dict per row: model, kind, miou_<subset>, miou_common_<subset>, then the fields of Cost.
+
+    Figures are fractions, NaN where a row is not defined."""
+    rows = []
+    for name in results.names():
+        row = {"model": name, "kind": results.row(name).kind}
+        row |= {f"miou_{subset}": results.miou(name, subset) for subset in subsets}
+        row |= {f"miou_common_{subset}": results.miou_common(name, subset, subsets) for subset in subsets}
+        row |= dict(zip(COSTS, astuple(costs.get(name, UNKNOWN)), strict=True))
+        if name == results.chosen:
+            row["note"] = "; ".join(filter(None, ["chosen on val", row["note"]]))
+        rows.append(row)
+    return rows
+
+
+def gate_rows(results: Results, subsets: Sequence[str], dead_shares: Mapping[str, float]) -> list[dict]:
+    """Statistics of every gate's weights per subset, class and expert. Class "" is the weight of the image:
+    the mean over the classes where a gate has weights per class."""
+    rows = []
+    for name in results.names("gate"):
+        for subset in subsets:
+            weights = results.weights[name][results.mask(subset)].astype(np.float64)  # [n, E, K]
+            parts = [("", weights.mean(axis=2, keepdims=True))]
+            if weights.shape[2] > 1:
+                parts += [
+                    (class_name, weights[:, :, [index]])
+                    for index, class_name in enumerate(results.protocol.classes)
+                ]
+            for class_name, part in parts:
+                statistics = gate_statistics(part)
+                for index, expert in enumerate(results.row(name).experts):
+                    rows.append(
+                        {
+                            "model": name,
+                            "subset": subset,
+                            "class": class_name,
+                            "expert": expert,
+                            "mean": float(statistics.mean[index, 0]),
+                            "std": float(statistics.std[index, 0]),
+                            "entropy_of_mean": float(statistics.entropy_of_mean[0]),
+                            "mean_entropy": float(statistics.mean_entropy[0]),
+                            "entropy_max": statistics.entropy_max,
+                            "collapsed": int(statistics.collapsed[0]),
+                            "dead_share": dead_shares.get(name),
+                            "n_images": statistics.images,
+                        }
+                    )
+    return rows
+
+
+def header_lines(results: Results, subsets: Sequence[str]) -> list[str]:
+    """What has to be told beside the figures, one sentence a line."""
+    protocol = results.protocol
+    height, width = protocol.image_size
+    counts = ", ".join(f"{subset} {int(results.mask(subset).sum())}" for subset in subsets)
+    present = ", ".join(f"{subset} {int((results.present(subset) > 0).sum())}" for subset in subsets)
+    common = len(results.common_classes(subsets))
+    where = "at the label's own size" if protocol.resolution == "native" else "at the network's input size"
+    rule = {
+        "nan": "a class in neither truth nor prediction is left out, one that is only predicted counts 0",
+        "gt_only": "classes without ground truth are left out",
+        "zero": "a class in neither truth nor prediction counts 0",
+        "one": "a class in neither truth nor prediction counts 1",
+    }[protocol.absent]
+    together = " + ".join(protocol.training_subsets)
+    return [
+        f"Data {protocol.dataset}, split {protocol.split}; images: {counts}"
+        + (f" (all = {together})." if "all" in subsets else "."),
+        f"Network input {height} x {width} (height x width, {protocol.resize}), {protocol.precision}, "
+        f"attack: {protocol.attack}; counted {where} (resolution: {protocol.resolution}).",
+        f"Classes: {len(protocol.classes)}; with ground truth: {present}. absent: {protocol.absent} "
+        f"({rule}); the number of classes counted stands in parentheses.",
+        "mIoU_common is over the classes with ground truth in every one of these subsets "
+        f"({common} of {len(protocol.classes)}), so that its columns can be compared.",
+    ]
+
+
+def matrix_markdown(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
+    """The matrix in percent, with its header lines."""
+    titles, cells = _matrix_cells(results, subsets, rows, " ({})")
+    lines = [*(f"- {line}" for line in [*header_lines(results, subsets), "Figures are in percent."]), ""]
+    return "\n".join(lines + markdown_table(titles, cells, left=2)) + "\n"
+
+
+def matrix_latex(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
+    """The matrix in percent as a LaTeX tabular (package booktabs), its header lines as comments."""
+    titles, cells = _matrix_cells(results, subsets, rows, r" \,({})")
+    lines = [f"% {line}" for line in [*header_lines(results, subsets), "Figures are in percent."]]
+    lines += [r"\begin{tabular}{ll" + "r" * (len(titles) - 3) + "l}", r"\toprule"]
+    lines += [" & ".join(latex_escape(title) for title in titles) + r" \\", r"\midrule"]
+    kind = cells[0][1]
+    for line in cells:
+        if line[1] != kind:
+            lines.append(r"\midrule")
+            kind = line[1]
+        texts = [
+            latex_escape(cell) if column in (0, 1, len(line) - 1) else cell
+            for column, cell in enumerate(line)
+        ]
+        lines.append(" & ".join(texts) + r" \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def classes_markdown(results: Results, subsets: Sequence[str]) -> str:
+    """IoU of each class in percent, a table per subset; classes in few images are marked."""
+    models = results.names("baseline", "expert", "ensemble", "gate")
+    lines = [f"- {line}" for line in header_lines(results, subsets)[:2]]
+    lines += [f"- IoU in percent. `*`: the class has ground truth in fewer than {FEW_IMAGES} images."]
+    for subset in subsets:
+        present = results.present(subset).tolist()
+        columns = [iou_per_class(results.total(model, subset)).tolist() for model in models]
+        cells = []
+        for index, class_name in enumerate(results.protocol.classes):
+            mark = " *" if present[index] < FEW_IMAGES else ""
+            cells.append(
+                [class_name + mark, str(present[index]), *(percent(column[index]) for column in columns)]
+            )
+        lines += ["", f"## {subset}", "", *markdown_table(["class", "images", *models], cells, left=1)]
+    return "\n".join(lines) + "\n"
+
+
+def _matrix_cells(
+    results: Results, subsets: Sequence[str], rows: Sequence[Mapping], counted_in: str
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and texts of the matrix; mIoU is followed by the number of classes counted."""
+    titles = ["model", "kind", *(f"mIoU {subset}" for subset in subsets)]
+    titles += [f"mIoU_common {subset}" for subset in subsets]
+    titles += ["parameters", "trained parameters", "GMACs", "images seen", "optimiser steps", "note"]
+    cells = []
+    for row in rows:
+        line = [row["model"], row["kind"]]
+        for subset in subsets:
+            value = row[f"miou_{subset}"]
+            counted = counted_in.format(results.counted(row["model"], subset))
+            line.append(percent(value) + ("" if math.isnan(value) else counted))
+        line += [percent(row[f"miou_common_{subset}"]) for subset in subsets]
+        line += [number(row[cost]) for cost in COSTS[:-1]]
+        cells.append([*line, row["note"]])
+    return titles, cells
+
+
+def _csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
+    """CSV with all digits; missing values, None and NaN are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
+    return text.getvalue()

@@ -1,0 +1,46 @@
+"""What a gate does over many images: mean, spread and entropy of its weights, and whether it collapsed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+COLLAPSE = 0.95  # a mean weight above this: the gate has stopped looking at the image
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """Over N images; E experts, K = 1 for a gate that weighs images or the number of classes.
+
+    Entropies are in nats, between 0 (one expert) and `entropy_max` = log E (all alike). A gate that decides
+    image by image has a low `mean_entropy` and a high `entropy_of_mean`; one that collapsed has both low; one
+    that never decides has both high.
+    """
+
+    images: int
+    mean: np.ndarray  # [E, K]
+    std: np.ndarray  # [E, K], over images (ddof 0)
+    entropy_of_mean: np.ndarray  # [K]
+    mean_entropy: np.ndarray  # [K]
+    entropy_max: float
+    collapsed: np.ndarray  # bool [K]: the mean weight of one expert is above COLLAPSE
+
+
+def entropy(weights: np.ndarray) -> np.ndarray:
+    """Shannon entropy in nats of weights [..., E, K] over the experts, [..., K]; 0 log 0 = 0."""
+    weights = np.asarray(weights, dtype=np.float64)
+    return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-2)
+
+
+def gate_statistics(weights: np.ndarray) -> GateStatistics:
+    """Statistics of per-image weights [N, E, K] that sum to 1 over E; N >= 1."""
+    weights = np.asarray(weights, dtype=np.float64)
+    mean = weights.mean(axis=0)
+    return GateStatistics(
+        images=len(weights),
+        mean=mean,
+        std=weights.std(axis=0),
+        entropy_of_mean=entropy(mean),
+        mean_entropy=entropy(weights).mean(axis=0),
+        entropy_max=float(np.log(weights.shape[1])),
+        collapsed=mean.max(axis=0) > COLLAPSE,
+    )

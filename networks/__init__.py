@@ -1,0 +1,18 @@
+"""Networks, gates and ensembles by name. A new one is one new file (or object) and one line here."""
+
+NETWORKS = {
+    "deeplabv3plus": "networks.deeplab:DeepLabV3Plus",
+}
+
+GATES = {
+    "simple": "networks.gates:SimpleGate",
+    "classwise": "networks.gates:ClasswiseGate",
+    "uniform": "networks.gates:UniformGate",
+}
+
+ENSEMBLES = {
+    "mean": "networks.ensemble:mean",
+    "max": "networks.ensemble:max",
+    "mean_probs": "networks.ensemble:mean_probs",
+    "vote": "networks.ensemble:vote",
+}

@@ -1,0 +1,30 @@
+"""What a network costs: parameters and multiply-adds."""
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters; buffers are not counted."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def gmacs(model: nn.Module, size: tuple[int, int]) -> float:
+    """Billions of multiply-adds of one forward pass in evaluation mode, for one image of (height, width).
+
+    Convolutions and matrix products count (2 FLOPs are 1 multiply-add); normalisation, activations, pooling,
+    interpolation and softmax do not. Nothing is computed: the pass runs on the meta device.
+    """
+    state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(model, state, (torch.empty(1, 3, *size, device="meta"),))
+    finally:
+        for module in training:
+            module.training = True
+    return counter.get_total_flops() / 2e9

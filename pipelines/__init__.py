@@ -1,0 +1,1 @@
+"""Where the parts meet: what the entry scripts call."""

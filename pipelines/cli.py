@@ -1,0 +1,130 @@
+"""The command line of every entry script: loads and checks the config before anything heavy is imported."""
+
+import argparse
+import importlib
+import re
+import sys
+from dataclasses import dataclass, fields
+
+from engine.config import Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
+
+# The networks that a family's train and evaluate scripts take.
+FAMILIES = {"deeplab": ("deeplabv3plus",)}
+
+# What a command runs, imported when the config is known to be right.
+COMMANDS = {
+    "train": "pipelines.segmentation:train",
+    "evaluate": "pipelines.segmentation:evaluate",
+    "pipeline": "pipelines.stages:run",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the config; status, why, only and force concern pipelines alone."""
+
+    dry_run: bool = False
+    resume: bool = False
+    overwrite: bool = False
+    device: str = "auto"
+    status: bool = False
+    why: bool = False
+    only: str | None = None
+    force: str | None = None
+
+
+def main(doc: str, command: str, family: str | None = None, argv: list[str] | None = None) -> int:
+    """Runs a command of COMMANDS; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted.
+
+    Any other exception is a bug and passes through, so that Python prints its traceback and exits with 1.
+    """
+    arguments = _parser(doc, command).parse_intermixed_args(argv)
+    try:
+        config = load(arguments.config, arguments.overrides)
+        check(config, command, family, arguments.config)
+        if arguments.print_config:
+            print(config.render_with_sources(), end="")
+            return 0
+        module, function = COMMANDS[command].split(":")
+        given = {
+            field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments
+        }
+        getattr(importlib.import_module(module), function)(config, Options(**given))
+        return 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Interrupted) as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        return 130
+
+
+def check(config: Config, command: str, family: str | None, path: str) -> None:
+    """UserError where the config is for another script, naming the command that takes it."""
+    fitting, what = _fitting(config, family)
+    if command not in fitting:
+        raise UserError(f"{path}: {what}; run: python {_script(fitting[0], config, family)} {path}")
+    network = config.network.name if isinstance(config, Run) and config.network else None
+    if family and network and network not in FAMILIES[family]:
+        others = [other for other, names in FAMILIES.items() if network in names]
+        hint = f"; run: python {command}_{others[0]}.py {path}" if others else ""
+        allowed = ", ".join(FAMILIES[family])
+        raise UserError(f"{path}: network.name: {command}_{family}.py takes {allowed}, not {network}{hint}")
+
+
+def _fitting(config: Config, family: str | None) -> tuple[tuple[str, ...], str]:
+    """The commands that take a config, and what it is."""
+    if isinstance(config, Pipeline):
+        return ("pipeline",), "this is a pipeline of stages"
+    if isinstance(config, Evaluation):
+        return ("evaluate",), "this evaluates finished runs, there is nothing to train"
+    if config.ensemble:
+        return ("evaluate",), "an ensemble has nothing to train"
+    if config.train is None:
+        return (
+            "evaluate",
+        ), "train: missing, so there is nothing to train (train: {epochs: ...} would say how)"
+    return ("train", "evaluate"), "this is a single run"
+
+
+def _script(command: str, config: Config, family: str | None) -> str:
+    if command == "pipeline":
+        return "run_pipeline.py"
+    network = getattr(config, "network", None)
+    families = [name for name, networks in FAMILIES.items() if network and network.name in networks]
+    return f"{command}_{family or (families or list(FAMILIES))[0]}.py"
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; allowed: auto, cpu, cuda, cuda:N")
+    return text
+
+
+def _parser(doc: str, command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "overrides", metavar="a.b=c", nargs="*", help="values of the config to change, such as train.epochs=3"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every value with the file:line it came from"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check config, data, experts and shapes; change nothing"
+    )
+    parser.add_argument("--device", type=_device, default="auto", help="auto (default), cpu, cuda or cuda:N")
+    if command == "pipeline":
+        parser.add_argument("--status", action="store_true", help="tell which stages are done")
+        parser.add_argument(
+            "--why", action="store_true", help="tell what changed for every stage that is to run"
+        )
+        parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
+        parser.add_argument("--force", metavar="STAGE", help="run this stage even if it is done")
+    else:
+        folder = parser.add_mutually_exclusive_group()
+        folder.add_argument(
+            "--resume", action="store_true", help="go on where the run folder's last.pt stands"
+        )
+        folder.add_argument("--overwrite", action="store_true", help="empty the run folder first")
+    return parser

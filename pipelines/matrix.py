@@ -1,0 +1,157 @@
+"""An evaluation config as networks that run and rows that read them: baselines, experts, ensembles, gates, controls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dataloaders.frames import FrameIndex
+from engine.config import Evaluation, Run, from_dict
+from evaluation.rows import (
+    Row,
+    constant_row,
+    ensemble_row,
+    gate_row,
+    network_row,
+    random_gate_row,
+    simplex,
+    subset_routing_row,
+)
+from evaluation.tables import Cost
+from networks.complexity import gmacs
+from networks.ensemble import mean
+from pipelines.models import Trained, load_gate, load_network, require_classes
+
+RANDOM_GATE_SEED = 0
+CONSTANT, TRUE_SUBSET, RANDOM = "constant weights", "true subset", "random weights"
+BASELINES_MEAN = "mean of baselines"
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """The trained networks of an evaluation. `networks` run, once per image; the rest names them.
+
+    `gates`: row -> (mixture, names of its experts among the networks, in the gate's own order)."""
+
+    networks: dict[str, Trained]
+    baselines: tuple[str, ...]
+    experts: tuple[str, ...]
+    ensembles: dict[str, object] = field(default_factory=dict)
+    gates: dict[str, tuple[Trained, tuple[str, ...]]] = field(default_factory=dict)
+
+    @cached_property
+    def learned_gates(self) -> tuple[str, ...]:
+        """Gates that route; one of type uniform is a control that only trains a convolution."""
+        return tuple(name for name, (trained, _) in self.gates.items() if trained.metadata["gate"]["type"] != "uniform")
+
+    def rows(self, controls: bool, constant: Sequence[float] | None = None) -> list[Row]:
+        """All rows but ceilings and floor; constant: the weights picked on the validation split."""
+        rows = [network_row(name, "baseline", name, self.home(name)) for name in self.baselines]
+        rows += [network_row(name, "expert", name, self.home(name)) for name in self.experts]
+        rows += [ensemble_row(f"ensemble {name}", self.experts, combine) for name, combine in self.ensembles.items()]
+        rows += [self.gate_row(name) for name in self.learned_gates]
+        return rows + self.control_rows(constant) if controls else rows
+
+    def gate_row(self, name: str) -> Row:
+        trained, experts = self.gates[name]
+        return gate_row(name, experts, trained.network.combine, "gate" if name in self.learned_gates else "control")
+
+    def control_rows(self, constant: Sequence[float] | None) -> list[Row]:
+        """What a gate has to beat: rows that know less, or that know the subset, or have the same convolution."""
+        rows = [self.gate_row(name) for name in self.gates if name not in self.learned_gates]
+        if len(self.baselines) > 1:
+            rows.append(ensemble_row(BASELINES_MEAN, self.baselines, mean, "control"))
+        if len(self.experts) > 1:
+            rows.append(subset_routing_row(TRUE_SUBSET, self.experts))
+            rows.append(random_gate_row(RANDOM, self.experts, RANDOM_GATE_SEED))
+            if constant is not None:
+                rows.append(constant_row(CONSTANT, self.experts, constant))
+        return rows
+
+    def home(self, name: str) -> list[str]:
+        return self.networks[name].metadata["subsets"]
+
+    def costs(self, rows: Sequence[Row], size: tuple[int, int]) -> dict[str, Cost]:
+        """What each row costs: every network that it runs, and what was trained for it alone."""
+        networks = {name: cost_of(trained, size) for name, trained in self.networks.items()}
+        costs = {}
+        for row in rows:
+            if row.name in self.networks:
+                costs[row.name] = networks[row.name]
+            elif row.name in self.gates:
+                trained, experts = self.gates[row.name]
+                own = cost_of(trained, size)
+                parts = [networks[name] for name in experts]
+                costs[row.name] = Cost(
+                    own.parameters,
+                    own.trained_parameters,
+                    own.gmacs,
+                    own.images_seen + sum(part.images_seen for part in parts),
+                    own.steps + sum(part.steps for part in parts),
+                )
+            else:
+                parts = [networks[name] for name in row.experts]
+                costs[row.name] = Cost(
+                    sum(part.parameters for part in parts),
+                    0,
+                    sum(part.gmacs for part in parts),
+                    sum(part.images_seen for part in parts),
+                    sum(part.steps for part in parts),
+                )
+        return costs
+
+
+def cost_of(trained: Trained, size: tuple[int, int]) -> Cost:
+    about = trained.metadata
+    budget = about["budget"]
+    return Cost(
+        about["parameters"], about["trained_parameters"], gmacs(trained.network, size), budget["images"], budget["steps"]
+    )
+
+
+def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
+    """Loads every run that the config names; experts of gates that it doesn't name run without a row of their own.
+
+    Raises UserError for what isn't trained, is damaged, has other classes than the data, or isn't the gate's expert."""
+    networks: dict[str, Trained] = {}
+    for group, runs in (("baselines", config.baselines), ("experts", config.experts)):
+        for name, path in runs.items():
+            networks[name] = load_network(path, f"{group}.{name}")
+            require_classes(networks[name], index.classes, f"{group}.{name}", f"of data {index.name}")
+    gates = {}
+    for name, path in config.gates.items():
+        trained, experts = load_gate(path, f"gates.{name}", networks)
+        require_classes(trained, index.classes, f"gates.{name}", f"of data {index.name}")
+        gates[name] = (trained, tuple(name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()))
+    ensembles = {rule.name: rule.build for rule in config.ensembles}
+    return Zoo(networks, tuple(config.baselines), tuple(config.experts), ensembles, gates)
+
+
+def name_among(networks: dict[str, Trained], trained: Trained, otherwise: str) -> str:
+    """The name of the network with these tensors; one that isn't there is added."""
+    for name, known in networks.items():
+        if known.sha256 == trained.sha256:
+            return name
+    networks[otherwise] = trained
+    return otherwise
+
+
+def constant_candidates(zoo: Zoo) -> dict[str, tuple[float, ...]]:
+    """Row name -> constant weights to choose from; at most a few hundred, whatever the number of experts."""
+    steps = {2: 20, 3: 10}.get(len(zoo.experts), 4)
+    return {f"constant {weights}": weights for weights in simplex(len(zoo.experts), steps)}
+
+
+def as_evaluation(config: Run) -> Evaluation:
+    """The evaluation of one run: the network alone, or a gate or ensemble beside its experts."""
+    folder, row = f"{config.output}/{config.name}", config.name.split("/")[-1]
+    models: Mapping
+    if config.gate:
+        models = {"experts": config.experts, "gates": {row: folder}}
+    elif config.ensemble:
+        models = {"experts": config.experts, "ensembles": [config.ensemble.name]}
+    else:
+        alone = len(config.data.subsets) == 1 and config.data.subsets != ["all"]
+        models = {"experts" if alone else "baselines": {row: folder}}
+    whole = config.resolved()
+    shared = {key: whole[key] for key in ("name", "output", "data", "evaluate")}
+    return from_dict({**shared, **models}, "evaluation", origin=config.name)

@@ -1,0 +1,114 @@
+"""Networks from configs and from checkpoints; a gate is only ever put on the experts it was trained with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from engine.config import Component, Gate, UserError, component
+from engine.checkpoints import load_weights, tensors_sha256
+from networks.moe import Frozen, MixtureOfExperts
+
+NETWORKS = "networks:NETWORKS"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network as loaded from a run: in eval mode, its weights frozen, `sha256` over its tensors."""
+
+    file: Path
+    network: nn.Module
+    metadata: dict
+    sha256: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.metadata["classes"])
+
+
+def weights_file(path: str | Path) -> Path:
+    """The checkpoint of a run folder; a checkpoint file stands for itself."""
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / "checkpoints" / "best.safetensors"
+
+
+def read_checkpoint(path: str, key: str) -> tuple[Path, dict, dict]:
+    """(file, tensors, metadata). UserError naming the config key where nothing is trained there yet."""
+    file = weights_file(path)
+    if not file.exists():
+        raise UserError(f"{key}: no checkpoint at {file}; train that network first")
+    return file, *load_weights(file)
+
+
+def load_network(path: str, key: str) -> Trained:
+    """A trained expert or baseline. Raises UserError for a missing or damaged file, and for a gate's."""
+    file, tensors, metadata = read_checkpoint(path, key)
+    if "network" not in metadata:
+        raise UserError(f"{key}: {file} holds a gate, not a network; name the run of an expert or a baseline")
+    arguments = dict(metadata["network"])
+    if "pretrained" in arguments:  # the weights come from this file, nothing is to be downloaded
+        arguments["pretrained"] = "none"
+    network = component(NETWORKS, arguments.pop("name"), **arguments).build(len(metadata["classes"]))
+    load_tensors(network, tensors, f"{key}: {file}")
+    return Trained(file, Frozen(network), metadata, tensors_sha256(tensors))
+
+
+def load_tensors(module: nn.Module, tensors: Mapping, where: str) -> None:
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{where} doesn't fit its own description: {str(error).splitlines()[1].strip()}") from None
+
+
+def build_mixture(experts: Mapping[str, Trained], gate: Gate) -> MixtureOfExperts:
+    """A mixture with an untrained gate. Raises UserError for experts of different class lists."""
+    first, *others = experts
+    for name in others:
+        require_classes(experts[name], experts[first].classes, f"experts.{name}", f"of experts.{first}")
+    networks = {name: trained.network for name, trained in experts.items()}
+    num_classes = len(experts[first].classes)
+    in_channels = sum(network.feature_channels for network in networks.values())
+    head = gate.component.build(in_channels, len(networks), num_classes)
+    return MixtureOfExperts(networks, head, num_classes, conv=gate.conv, conv_at=gate.conv_at, mix=gate.mix)
+
+
+def load_gate(path: str, key: str, known: Mapping[str, Trained] | None = None) -> tuple[Trained, dict[str, Trained]]:
+    """A trained mixture and its experts by name; experts of the same weights among `known` are shared, not loaded again.
+
+    Raises UserError, with both hashes, where an expert is not the one that the gate was trained with."""
+    file, tensors, metadata = read_checkpoint(path, key)
+    if "gate" not in metadata:
+        raise UserError(f"{key}: {file} holds a network, not a gate; name the run of a gate")
+    by_hash = {trained.sha256: trained for trained in (known or {}).values()}
+    experts = {}
+    for expert in metadata["experts"]:
+        trained = by_hash.get(expert["sha256"]) or load_network(expert["path"], f"{key}: experts.{expert['name']}")
+        if trained.sha256 != expert["sha256"]:
+            raise UserError(
+                f"{key}: {file} was trained with another expert {expert['name']}: it had {expert['sha256'][:16]}, "
+                f"{trained.file} is {trained.sha256[:16]}; train the gate again or give it its expert back"
+            )
+        experts[expert["name"]] = trained
+    mixture = build_mixture(experts, Gate.model_validate(metadata["gate"]))
+    try:
+        mixture.load_trainable_state(tensors)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{key}: {file} doesn't fit its own description: {str(error).splitlines()[-1].strip()}") from None
+    return Trained(file, mixture.eval().requires_grad_(False), metadata, tensors_sha256(tensors)), experts
+
+
+def require_classes(trained: Trained, classes: tuple[str, ...], key: str, owner: str) -> None:
+    """UserError where a network was trained on another class list."""
+    if trained.classes == classes:
+        return
+    differing = [f"{a} / {b}" for a, b in zip(trained.classes, classes, strict=False) if a != b][:3]
+    raise UserError(
+        f"{key}: {trained.file} was trained on another class list ({len(trained.classes)} classes) than that {owner} "
+        f"({len(classes)})" + (f"; first differences: {', '.join(differing)}" if differing else "")
+    )
+
+
+def network_description(network: Component) -> dict:
+    """What a checkpoint says of its network, enough to build it again."""
+    return network.plain()

@@ -1,0 +1,298 @@
+"""A pipeline: its stages run in order through the same functions as the scripts, and only where their key changed."""
+
+import hashlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.config import Evaluation, Pipeline, Run, UserError, load, references
+from engine.checkpoints import atomic_write, load_metadata
+
+# What a stage of a kind computes; raised when the same config and data would give other results.
+VERSIONS = {"train": 1, "evaluate": 1}
+# Keys that say where and how fast, not what: they don't belong to the key of a stage.
+PLACES = (
+    "name",
+    "output",
+    "data.root",
+    "data.cache_dir",
+    "data.workers",
+    "train.tensorboard",
+    "train.wandb",
+    "train.save_steps",
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step: its config with the run folder set, and the stages whose weights it takes in."""
+
+    name: str
+    config: Run | Evaluation
+    needs: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        return "train" if isinstance(self.config, Run) and self.config.ensemble is None else "evaluate"
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """Role -> run folder or checkpoint file of every network that the stage takes in."""
+        config = self.config
+        if isinstance(config, Run):
+            return dict(config.experts)
+        return {**config.baselines, **config.experts, **config.gates}
+
+
+@dataclass(frozen=True)
+class State:
+    """What is known of a stage: done, or why it has to run."""
+
+    name: str
+    done: bool
+    reasons: tuple[str, ...] = ()
+    resumable: bool = False
+
+
+def run(config: Pipeline, options) -> None:
+    """Run the stages that are not done, then write the report; --status and --why only tell."""
+    stages = build_stages(config)
+    folder = Path(config.output) / config.name
+    records = Records(folder / "stages.json")
+    for flag, name in (("--only", options.only), ("--force", options.force)):
+        if name is not None and name not in stages:
+            raise UserError(f"{flag} {name}: there is no such stage; stages of {config.name}: {', '.join(stages)}")
+    if options.status or options.why:
+        print(describe(stages, records, options.why))
+        return
+    chosen = [stages[options.only]] if options.only else list(stages.values())
+    if options.dry_run:
+        dry_run(chosen)
+        return
+
+    started = time.perf_counter()
+    ran = []
+    for position, stage in enumerate(chosen, 1):
+        state = state_of(stage, records, forced=options.force == stage.name)
+        title = f"[{position}/{len(chosen)}] {stage.name}"
+        if state.done:
+            print(f"{title}: done already", flush=True)
+            continue
+        print(f"{title}: {'; '.join(state.reasons)}", flush=True)
+        run_stage(stage, state, records, options.device)
+        ran.append(stage.name)
+    if config.report and not options.only:
+        write_pipeline_report(config, stages, folder, rewrite=bool(ran))
+    print(f"{config.name}: {len(ran)} of {len(chosen)} stages ran in {(time.perf_counter() - started) / 60:.1f} min")
+
+
+def run_stage(stage: Stage, state: State, records: "Records", device: str) -> None:
+    from pipelines import segmentation
+    from pipelines.cli import Options
+
+    missing = [role for role, path in stage.weights.items() if weights_hash(path) is None]
+    if missing:
+        role = missing[0]
+        raise UserError(f"stage {stage.name} needs the weights of {role} ({stage.weights[role]}): train that first")
+    ingredients = ingredients_of(stage)
+    key = key_of(ingredients)
+    records.write(stage.name, {"key": key, "ingredients": ingredients, "done": False})
+    options = Options(device=device, resume=state.resumable, overwrite=not state.resumable)
+    start = time.perf_counter()
+    getattr(segmentation, stage.kind)(stage.config, options)
+    print(f"{stage.name}: finished in {time.perf_counter() - start:.0f} s", flush=True)
+    records.write(stage.name, {"key": key, "ingredients": ingredients, "done": True, "result": result_hash(stage)})
+
+
+def build_stages(config: Pipeline) -> dict[str, Stage]:
+    """Stages by name, in order, each with its own config: the file, then the pipeline's `set`, then the stage's."""
+    stages: dict[str, Stage] = {}
+    for name, entry in config.stages.items():
+        needs = tuple(dict.fromkeys(references(entry.set)))
+        folders = {f"@{needed}": f"{config.output}/{config.name}/{needed}" for needed in needs}
+        settings = {
+            **replace_references(entry.set, folders),
+            "name": f"{config.name}/{name}",
+            "output": config.output,
+        }
+        stages[name] = Stage(name, with_shared(config, entry.config, settings, f"stages.{name}.set"), needs)
+    return stages
+
+
+def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> Run | Evaluation:
+    """A stage's config with the pipeline's `set` and `seed`; what concerns training is left out where nothing is trained."""
+    stage = load(file, settings, origin=origin)
+    trains = getattr(stage, "train", None) is not None
+    changes = {key: value for key, value in config.set.items() if trains or not key.startswith("train.")} | settings
+    if trains:
+        changes["train.seed"] = stage.train.seed + config.seed
+    return load(file, changes, origin=origin)
+
+
+def replace_references(value, folders: dict[str, str]):
+    if isinstance(value, dict):
+        return {key: replace_references(item, folders) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace_references(item, folders) for item in value]
+    return folders.get(value, value) if isinstance(value, str) else value
+
+
+# Keys
+
+
+def ingredients_of(stage: Stage) -> dict[str, object]:
+    """Everything that the result depends on, flat: config values, code version, data manifest, hashes of weights."""
+    config = {
+        key: value
+        for key, value in flatten(stage.config.resolved()).items()
+        if key not in PLACES and key.split(".")[0] not in ("experts", "baselines", "gates")
+    }
+    return {
+        **{f"config.{key}": value for key, value in config.items()},
+        "version": VERSIONS[stage.kind],
+        "data": data_hash(stage.config),
+        **{f"weights.{role}": weights_hash(path) for role, path in stage.weights.items()},
+    }
+
+
+def key_of(ingredients: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
+
+
+def flatten(tree, prefix: str = "") -> dict[str, object]:
+    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
+    if isinstance(tree, dict) and tree:
+        return {
+            key: value
+            for name, branch in tree.items()
+            for key, value in flatten(branch, f"{prefix}.{name}" if prefix else str(name)).items()
+        }
+    return {prefix: tree}
+
+
+def data_hash(config: Run | Evaluation) -> str:
+    index = config.data.build()
+    return index.manifest(index.frames)
+
+
+def weights_hash(path: str) -> str | None:
+    """SHA-256 of a trained network's tensors, None where it is not trained yet."""
+    from pipelines.models import weights_file
+
+    file = weights_file(path)
+    return load_metadata(file)["tensors_sha256"] if file.exists() else None
+
+
+def result_hash(stage: Stage) -> str | None:
+    """Hash of what the stage leaves behind, to notice that it was removed or changed by hand."""
+    from pipelines.segmentation import evaluation_folder
+
+    folder = Path(stage.config.output) / stage.config.name
+    if stage.kind == "train":
+        return weights_hash(str(folder))
+    results = evaluation_folder(stage.config) / "results.csv"
+    return hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
+
+
+def state_of(stage: Stage, records: "Records", forced: bool = False) -> State:
+    """Done where the recorded key is today's key and the result is untouched."""
+    record = records.read(stage.name)
+    if forced:
+        return State(stage.name, False, ("forced",))
+    if record is None:
+        return State(stage.name, False, ("never run",))
+    reasons = changes(record["ingredients"], ingredients_of(stage))
+    if reasons:
+        return State(stage.name, False, tuple(reasons))
+    if not record["done"]:
+        return State(stage.name, False, ("was interrupted, goes on",), resumable=stage.kind == "train")
+    if record["result"] != result_hash(stage):
+        return State(stage.name, False, ("its result is missing or was changed",))
+    return State(stage.name, True)
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
+    """One line for each ingredient that differs: "config.train.epochs changed from 5 to 10"."""
+    lines = []
+    for key in dict.fromkeys((*old, *new)):
+        if old.get(key) == new.get(key) and (key in old) == (key in new):
+            continue
+        if key == "data" or key.startswith("weights."):
+            lines.append(f"{key} changed ({short(old.get(key))} -> {short(new.get(key))})")
+        elif key not in old:
+            lines.append(f"{key} is new: {new[key]}")
+        elif key not in new:
+            lines.append(f"{key} is gone, was {old[key]}")
+        else:
+            lines.append(f"{key} changed from {old[key]} to {new[key]}")
+    return lines
+
+
+def short(digest) -> str:
+    return "not trained" if digest is None else str(digest)[:8]
+
+
+def describe(stages: dict[str, Stage], records: "Records", why: bool) -> str:
+    """A line for each stage: done, to run (with --why: what changed), or waiting for stages that run before it."""
+    lines, pending = [], set()
+    for stage in stages.values():
+        state = state_of(stage, records)
+        waiting = [name for name in stage.needs if name in pending]
+        if state.done and not waiting:
+            lines.append(f"{stage.name}: done")
+            continue
+        pending.add(stage.name)
+        reasons = [*([] if state.done else state.reasons), *(f"{name} runs before it" for name in waiting)]
+        if why:
+            lines += [f"{stage.name}: to run", *(f"    {reason}" for reason in reasons)]
+        else:
+            more = f" (and {len(reasons) - 1} more; --why)" if len(reasons) > 1 else ""
+            lines.append(f"{stage.name}: to run: {reasons[0]}{more}")
+    return "\n".join(lines)
+
+
+def dry_run(stages: list[Stage]) -> None:
+    """Validate every stage; one whose inputs are not trained yet is checked as far as that goes."""
+    from pipelines import segmentation
+    from pipelines.cli import Options
+
+    for stage in stages:
+        print(f"--- {stage.name}")
+        missing = [role for role, path in stage.weights.items() if weights_hash(path) is None]
+        if missing:
+            print(f"waits for the weights of {', '.join(missing)}")
+        else:
+            getattr(segmentation, stage.kind)(stage.config, Options(dry_run=True))
+
+
+class Records:
+    """stages.json in the pipeline's folder: key, ingredients and result of every stage that was started."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.entries = json.loads(path.read_text()) if path.exists() else {}
+
+    def read(self, stage: str) -> dict | None:
+        return self.entries.get(stage)
+
+    def write(self, stage: str, record: dict) -> None:
+        self.entries[stage] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.path, json.dumps(self.entries, indent=1).encode())
+
+
+def write_pipeline_report(config: Pipeline, stages: dict[str, Stage], folder: Path, rewrite: bool) -> None:
+    from pipelines.segmentation import evaluation_folder
+    from reports.report import write_report
+
+    page = folder / "report.html"
+    evaluations = [stage for stage in stages.values() if stage.kind == "evaluate"]
+    if not evaluations or (page.exists() and not rewrite):
+        return
+    write_report(
+        [evaluation_folder(stage.config) for stage in evaluations],
+        [folder / stage.name for stage in stages.values() if stage.kind == "train"],
+        page,
+    )
+    print(f"report: {page}")

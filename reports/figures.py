@@ -1,0 +1,201 @@
+"""The overlay of a frame: input, truth, experts, mixture, gate weights and where the experts disagree."""
+
+import io
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from evaluation.evaluate import Sample
+from evaluation.results import Results
+from metrics.disagreement import AGREE_RIGHT, case_names, disagreement
+
+EXPERT_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")  # after Okabe and Ito
+CASE_COLORS = ("#e8ecef", "#b2182b", "#54278f")  # agree right, agree wrong, all wrong
+SEVERAL_COLOR = "#a6bddb"
+INK, MUTED, UNLABELLED = "#1f2933", "#616e7c", (225, 225, 225)
+COLUMNS, PANEL_WIDTH, DPI = 4, 400, 100  # panels are at most this many pixels wide
+IGNORE = 255
+
+
+def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, int]]) -> bytes:
+    """One picture (PNG) of everything that was said about a frame. `palette`: RGB in 0..255 per class.
+
+    The mixture is the chosen gate, else the first one. Without experts the baselines are shown; the map of
+    disagreement needs two experts.
+    """
+    lead = results.names("expert") or results.names("baseline")
+    gate = results.chosen or next(iter(results.names("gate")), "")
+    shown = ([gate] if gate else []) + lead
+    titles = {gate: f"MoE: {gate}" + (" (chosen)" if gate == results.chosen else "")}
+    titles |= {name: f"{results.row(name).kind}: {name}" for name in lead}
+    width, height = _panel_size(sample.label.shape)
+    experts = results.names("expert")
+    panels = 2 + len(shown) + bool(gate) + 2 * (len(experts) > 1)
+    rows = -(-panels // COLUMNS)
+    picture = Figure(figsize=((width + 24) * COLUMNS / DPI, ((height + 44) * rows + 76) / DPI), dpi=DPI)
+    axes = picture.subplots(rows, COLUMNS, squeeze=False).flatten()
+    picture.subplots_adjust(
+        left=0.008, right=0.992, wspace=0.05, hspace=44 / height,
+        top=1 - 34 / (picture.get_figheight() * DPI), bottom=86 / (picture.get_figheight() * DPI),
+    )  # fmt: skip
+    for panel in axes:
+        panel.axis("off")
+    free = iter(axes)
+    image = cv2.resize(sample.image, (width, height), interpolation=_photo_mode(sample.image, width))
+    _show(next(free), image, f"input: {sample.subset}")
+    _show(next(free), _painted(sample.label, palette, width, height), "ground truth")
+    for name in shown:
+        prediction = sample.predictions[name]
+        title = f"{titles[name]}, {_right_share(prediction, sample.label)} right"
+        _show(next(free), _painted(prediction, palette, width, height), title)
+        if name == gate:
+            names = _colored(results.row(gate).experts, experts)
+            _weights(next(free), sample, gate, names, results.protocol.classes)
+    if len(experts) > 1:
+        _disagreement(next(free), next(free), sample, experts, image)
+    _legend(picture, sample, [sample.predictions[name] for name in shown], results.protocol.classes, palette)
+    return to_png(picture)
+
+
+def to_png(figure: Figure, dpi: int = DPI) -> bytes:
+    """The figure as the bytes of a PNG file, the same for the same figure."""
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def expert_color(index: int) -> str:
+    return EXPERT_COLORS[index % len(EXPERT_COLORS)]
+
+
+def _colored(names: Sequence[str], experts: Sequence[str]) -> list[tuple[str, str]]:
+    """(name, colour) of a gate's experts: the colour that the expert has in the whole report."""
+    order = [*experts, *(name for name in names if name not in experts)]
+    return [(name, expert_color(order.index(name))) for name in names]
+
+
+def _panel_size(shape: tuple[int, int]) -> tuple[int, int]:
+    return PANEL_WIDTH, max(1, round(PANEL_WIDTH * shape[0] / shape[1]))
+
+
+def _photo_mode(image: np.ndarray, width: int) -> int:
+    return cv2.INTER_AREA if image.shape[1] > width else cv2.INTER_NEAREST
+
+
+def _painted(ids: np.ndarray, palette: Sequence[tuple[int, int, int]], width: int, height: int) -> np.ndarray:
+    """Class ids in the colours of their classes, uint8 [height, width, 3]."""
+    colors = np.full((256, 3), UNLABELLED, np.uint8)
+    colors[: len(palette)] = palette
+    return colors[cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST)]
+
+
+def _right_share(prediction: np.ndarray, label: np.ndarray) -> str:
+    known = label != IGNORE
+    return f"{100 * (prediction == label)[known].mean():.1f} %" if known.any() else "-"
+
+
+def _show(panel: Axes, image: np.ndarray, title: str) -> None:
+    panel.imshow(image, interpolation="nearest", aspect="auto")
+    panel.set_title(title, fontsize=11, color=INK, loc="left", pad=6)
+
+
+def _weights(
+    panel: Axes, sample: Sample, gate: str, experts: list[tuple[str, str]], classes: Sequence[str]
+) -> None:
+    """One stacked bar of the weights, or one for each class in the frame, most pixels first."""
+    weights = sample.weights[gate]  # [E, K]
+    if weights.shape[1] == 1:
+        bars = [("image", 0)]
+    else:
+        pixels = np.bincount(sample.label.flatten(), minlength=256)[: len(classes)]
+        order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]]
+        bars = [(classes[index], index) for index in order[:12]]
+    panel.axis("on")
+    panel.set_title(
+        "gate weights" + (" by class" if weights.shape[1] > 1 else ""),
+        fontsize=11,
+        color=INK,
+        loc="left",
+        pad=6,
+    )
+    positions = np.arange(len(bars))
+    thickness = 0.8 if len(bars) > 1 else 0.3
+    start = np.zeros(len(bars))
+    for (name, color), expert in zip(experts, weights, strict=True):
+        values = np.array([expert[index] for _, index in bars])
+        panel.barh(positions, values, thickness, left=start, color=color, label=name)
+        for position, value, left in zip(positions, values, start, strict=True):
+            if value > 0.14:
+                panel.text(
+                    left + value / 2,
+                    position,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    color="white",
+                    fontsize=8,
+                )
+        start += values
+    panel.set(xlim=(0, 1), ylim=(max(len(bars), 2) - 0.4, -0.6), xticks=[])
+    panel.set_yticks(positions, [name for name, _ in bars], fontsize=8, color=INK)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
+    box = panel.get_position()
+    margin = 0.075  # for the names of the classes
+    panel.set_position([box.x0 + margin, box.y0 + 0.1 * box.height, box.width - margin, 0.9 * box.height])
+    panel.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.01),
+        ncols=len(experts),
+        frameon=False,
+        fontsize=9,
+        handlelength=1,
+    )
+
+
+def _disagreement(panel: Axes, key: Axes, sample: Sample, experts: Sequence[str], image: np.ndarray) -> None:
+    """Where the experts differ, on the grey input; the key tells the share of each case."""
+    case = disagreement(np.stack([sample.predictions[name] for name in experts]), sample.label, IGNORE)
+    names = case_names(experts)
+    colors = [*CASE_COLORS, *(expert_color(index) for index in range(len(experts))), SEVERAL_COLOR]
+    height, width = image.shape[:2]
+    small = cv2.resize(case, (width, height), interpolation=cv2.INTER_NEAREST)
+    grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2).astype(float)
+    picture = 0.35 * grey + 0.65 * 255
+    for index in range(len(names)):
+        if index != AGREE_RIGHT:
+            color = np.array([int(colors[index][at : at + 2], 16) for at in (1, 3, 5)])
+            picture = np.where((small == index)[:, :, None], 0.2 * grey + 0.8 * color, picture)
+    _show(panel, picture.astype(np.uint8), "where the experts differ")
+    shares = [
+        np.mean(case[case != IGNORE] == index) if (case != IGNORE).any() else 0 for index in range(len(names))
+    ]
+    handles = [
+        Patch(facecolor=color, edgecolor="#b8c0c8", label=f"{100 * share:5.1f} %  {name}")
+        for name, color, share in zip(names, colors, shares, strict=False)
+    ]
+    key.legend(
+        handles=handles, loc="upper left", frameon=False, fontsize=10, handlelength=1.2, labelspacing=0.7
+    )
+
+
+def _legend(
+    picture: Figure, sample: Sample, predictions: list[np.ndarray], classes: Sequence[str], palette: Sequence
+) -> None:
+    """Colours of the classes in the frame, true or predicted, those with most pixels first."""
+    everywhere = np.concatenate([sample.label.flatten(), *(one.flatten() for one in predictions)])
+    pixels = np.bincount(everywhere, minlength=256)[: len(classes)]
+    order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]][:24]
+    handles = [Patch(facecolor=np.array(palette[index]) / 255, label=classes[index]) for index in order]
+    if (sample.label == IGNORE).any():
+        handles.append(Patch(facecolor=np.array(UNLABELLED) / 255, label="no label"))
+    picture.legend(
+        handles=handles, loc="lower center", ncols=min(12, max(1, len(handles))), frameon=False, fontsize=9,
+        handlelength=1.2, columnspacing=1.4, labelcolor=MUTED,
+    )  # fmt: skip

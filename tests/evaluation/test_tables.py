@@ -1,0 +1,204 @@
+"""Tables on matrices set by hand: values, policies, marks, dashes, and that no digit is lost on the way."""
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from engine.config import UserError
+from evaluation.results import FLOOR, Protocol, Results, RowInfo
+from evaluation.seeds import main, summary
+from evaluation.tables import (
+    RESULT_COLUMNS,
+    Cost,
+    classes_markdown,
+    gate_rows,
+    header_lines,
+    matrix_rows,
+    result_rows,
+    write_tables,
+)
+
+CLASSES = ("road", "sky", "rail_1")
+SUBSETS = ["highway", "urban", "all", "fog"]
+
+
+def results(absent="nan"):
+    """Two frames of highway, one of urban, one of fog. Urban has no rail, the router is undefined on fog."""
+    protocol = Protocol("toy", "test", CLASSES, ("highway", "urban"), (4, 8), absent=absent)
+    expert = np.zeros((4, 3, 3), np.int32)
+    expert[0] = [[6, 0, 0], [0, 2, 0], [0, 0, 0]]
+    expert[1] = [[4, 0, 0], [0, 2, 0], [2, 0, 0]]
+    expert[2] = [[3, 1, 0], [2, 2, 0], [0, 0, 0]]
+    expert[3] = [[8, 0, 0], [0, 0, 0], [0, 0, 0]]
+    router = expert.copy()
+    router[3] = 0
+    rows = (
+        RowInfo("moe", "gate", experts=("highway", "urban")),
+        RowInfo("best", "ceiling"),
+        RowInfo("highway", "expert", home=("highway",)),
+        RowInfo("router", "control", subsets=("highway", "urban")),
+        RowInfo(FLOOR, "floor"),
+    )
+    weights = np.zeros((4, 2, 3), np.float32)
+    weights[:, 0] = np.array([0.9, 0.7, 0.2, 0.5])[:, None] + np.array([0, 0.1, -0.1])
+    weights[:, 1] = 1 - weights[:, 0]
+    matrices = np.stack([expert, expert, expert, router])
+    return Results(
+        protocol, rows, ("a", "b", "c", "d"), ("highway", "highway", "urban", "fog"), ("x", "x", "y", "z"),
+        matrices, expert.sum(2, dtype=np.int64), {"moe": weights}, "moe",
+    )  # fmt: skip
+
+
+def value(rows, model, subset, metric, class_name=""):
+    wanted = (model, subset, metric, class_name)
+    (row,) = [r for r in rows if (r["model"], r["subset"], r["metric"], r.get("class", "")) == wanted]
+    return row["value"]
+
+
+def test_every_figure_of_a_row_by_hand():
+    rows = result_rows(results(), SUBSETS)
+    assert value(rows, "highway", "highway", "iou", "road") == pytest.approx(10 / 12)
+    assert value(rows, "highway", "highway", "iou", "rail_1") == 0
+    assert math.isnan(value(rows, "highway", "urban", "iou", "rail_1"))
+    assert value(rows, "highway", "highway", "miou") == pytest.approx((10 / 12 + 1 + 0) / 3)
+    assert value(rows, "highway", "highway", "classes_counted") == 3
+    assert value(rows, "highway", "urban", "classes_counted") == 2
+    assert value(rows, "highway", "highway", "aacc") == pytest.approx(14 / 16)
+    assert value(rows, "highway", "highway", "aacc_image_mean") == pytest.approx((1 + 6 / 8) / 2)
+    assert value(rows, "highway", "urban", "macc") == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert value(rows, "highway", "fog", "fwiou") == 1
+    assert value(rows, "highway", "all", "iou", "road") == pytest.approx(13 / 18)
+    assert value(rows, "labels", "all", "images", "rail_1") == 1
+    assert value(rows, "labels", "highway", "images", "road") == 2
+    assert all(row["units"] == {"highway": 1, "all": 2}.get(row["subset"], 1) for row in rows)
+    assert {row["n_images"] for row in rows if row["subset"] == "all"} == {3}
+
+
+def test_common_miou_is_over_the_classes_true_in_every_compared_subset():
+    two = result_rows(results(), ["highway", "urban"])  # road and sky in common
+    assert value(two, "highway", "highway", "miou_common") == pytest.approx((10 / 12 + 1) / 2)
+    assert value(two, "highway", "urban", "miou_common") == pytest.approx((3 / 6 + 2 / 5) / 2)
+    with_fog = result_rows(results(), SUBSETS)  # only road
+    assert value(with_fog, "highway", "highway", "miou_common") == pytest.approx(10 / 12)
+
+
+@pytest.mark.parametrize("absent", ["nan", "zero", "one", "gt_only"])
+def test_a_row_that_is_not_defined_is_a_dash_whatever_the_policy(absent, tmp_path):
+    (router,) = [row for row in matrix_rows(results(absent), SUBSETS, {}) if row["model"] == "router"]
+    assert math.isnan(router["miou_fog"]) and math.isnan(router["miou_common_fog"])
+    assert router["miou_all"] > 0
+    write_tables(tmp_path, results(absent), subsets=SUBSETS)
+    (line,) = [line for line in (tmp_path / "matrix.md").read_text().splitlines() if "| router" in line]
+    assert line.split(" | ")[5] == "-"
+
+
+def test_rows_are_grouped_by_kind_and_costs_stand_beside_them():
+    costs = {"moe": Cost(5_000_000, 1200, 1.5, 800, 100, "seed 1")}
+    rows = matrix_rows(results(), ["highway", "urban"], costs)
+    assert [row["model"] for row in rows] == ["highway", "moe", "router", "best", FLOOR]
+    assert list(rows[0]) == [
+        "model", "kind", "miou_highway", "miou_urban", "miou_common_highway", "miou_common_urban",
+        "parameters", "trained_parameters", "gmacs", "images_seen", "steps", "note",
+    ]  # fmt: skip
+    assert rows[1]["parameters"] == 5_000_000 and rows[1]["note"] == "chosen on val; seed 1"
+    assert rows[0]["parameters"] is None
+
+
+def test_files_hold_fractions_in_csv_and_percent_elsewhere(tmp_path):
+    write_tables(tmp_path, results(), {"moe": Cost(5_000_000, note="a & b")}, SUBSETS, {"moe": 0.25})
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == RESULT_COLUMNS
+    (road,) = [
+        r for r in rows if (r["model"], r["subset"], r["metric"], r["class"]) == ("moe", "all", "iou", "road")
+    ]
+    assert float(road["value"]) == 13 / 18  # not a digit lost
+    empty = ("corruption", "severity", "suite", "attack", "eps", "ci_low", "ci_high", "passes_per_image")
+    assert all(row[column] == "" for row in rows for column in empty)
+    with open(tmp_path / "matrix.csv", newline="") as file:
+        matrix = {row["model"]: row for row in csv.DictReader(file)}
+    assert float(matrix["moe"]["miou_fog"]) == 1 and matrix["router"]["miou_fog"] == ""
+    markdown = (tmp_path / "matrix.md").read_text()
+    assert "| moe | gate | 61.11 (3) |" in markdown and "5 000 000" in markdown and "percent" in markdown
+    latex = (tmp_path / "matrix.tex").read_text()
+    assert r"61.11 \,(3)" in latex and r"a \& b" in latex and latex.count(r"\midrule") == 5
+    assert r"mIoU\_common highway" in latex
+    with open(tmp_path / "gate.csv", newline="") as file:
+        assert {row["dead_share"] for row in csv.DictReader(file)} == {"0.25"}
+
+
+def test_the_header_tells_what_a_figure_needs():
+    text = " ".join(header_lines(results(), SUBSETS))
+    for fact in (
+        "split test", "highway 2, urban 1, all 3, fog 1", "all = highway + urban", "4 x 8", "squash",
+        "absent: nan", "resolution: native", "with ground truth: highway 3, urban 2, all 3, fog 1",
+        "in every one of these subsets (1 of 3)",
+    ):  # fmt: skip
+        assert fact in text
+
+
+def test_classes_in_few_images_are_marked():
+    frames = results()
+    many = Results(
+        frames.protocol, frames.rows, tuple(map(str, range(40))), frames.subsets * 10, frames.blocks * 10,
+        np.tile(frames.matrices, (1, 10, 1, 1)), np.tile(frames.truth, (10, 1)), {},
+    )  # fmt: skip
+    lines = classes_markdown(many, ["highway", "urban"]).splitlines()
+    assert "| road | 20 | 83.33 | 83.33 |" in lines and "| rail_1 | 10 | 0.00 | 0.00 |" in lines
+    assert "| rail_1 * | 0 | - | - |" in lines
+    assert any(line.startswith("| sky | 10 ") for line in lines)
+
+
+def test_gate_rows_per_subset_class_and_expert():
+    rows = gate_rows(results(), ["highway", "urban"], {"moe": 0.5})
+    by_key = {(row["subset"], row["class"], row["expert"]): row for row in rows}
+    assert len(rows) == 2 * 4 * 2
+    assert by_key["highway", "", "highway"]["mean"] == pytest.approx(0.8)
+    assert by_key["urban", "", "highway"]["mean"] == pytest.approx(0.2)
+    assert by_key["highway", "sky", "highway"]["mean"] == pytest.approx(0.9)
+    assert by_key["highway", "sky", "highway"]["std"] == pytest.approx(0.1)
+    assert by_key["urban", "rail_1", "urban"]["mean"] == pytest.approx(0.9)
+    assert by_key["highway", "", "urban"]["dead_share"] == 0.5
+    assert by_key["highway", "", "urban"]["n_images"] == 2
+    assert not any(row["collapsed"] for row in rows)
+
+
+def matrix_file(folder, values):
+    folder.mkdir(parents=True)
+    lines = ["model,kind,miou_all,miou_common_all,parameters"]
+    lines += [f"{name},gate,{miou},{common},1" for name, (miou, common) in values.items()]
+    (folder / "matrix.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_mean_and_spread_over_seeds(tmp_path, capsys):
+    matrix_file(tmp_path / "a" / "evaluation" / "x", {"moe": (0.5, 0.6), "router": ("", 0.1), "old": (1, 1)})
+    matrix_file(tmp_path / "b" / "evaluation" / "x", {"moe": (0.6, 0.6), "router": (0.2, 0.1)})
+    matrix_file(tmp_path / "c", {"moe": (0.7, 0.6), "router": (0.3, 0.1)})
+    text = summary([tmp_path / name for name in "abc"])
+    assert "| moe | 60.00 ± 10.00 (50.00 .. 70.00) | 60.00 ± 0.00 (60.00 .. 60.00) |" in text
+    assert "| router | - |" in text and "| model | mIoU all | mIoU_common all |" in text
+    assert "Not in every run: old." in text
+    assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0
+    assert "2 runs" in capsys.readouterr().out
+
+
+def test_seeds_tell_what_is_wrong(tmp_path, capsys):
+    matrix_file(tmp_path / "a", {"moe": (0.5, 0.6)})
+    matrix_file(tmp_path / "two" / "x", {"moe": (0.5, 0.6)})
+    matrix_file(tmp_path / "two" / "y", {"moe": (0.5, 0.6)})
+    matrix_file(tmp_path / "other", {"moe": (0.5, 0.6)})
+    other = tmp_path / "other" / "matrix.csv"
+    other.write_text(other.read_text().replace("miou_all", "miou_fog"))
+    for folders, message in (
+        (["a"], "at least two"),
+        (["a", "a"], "each once"),
+        (["a", "nowhere"], "no matrix.csv"),
+        (["a", "two"], "several evaluations"),
+        (["a", "other"], "other columns"),
+    ):
+        with pytest.raises(UserError, match=message):
+            summary([tmp_path / folder for folder in folders])
+    assert main([str(tmp_path / "nowhere")]) == 2
+    assert "no matrix.csv" in capsys.readouterr().err

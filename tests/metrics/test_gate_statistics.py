@@ -1,0 +1,35 @@
+"""Gate statistics on weights whose figures are known."""
+
+import numpy as np
+import pytest
+
+from metrics.gate import COLLAPSE, gate_statistics
+
+
+def test_a_gate_that_decides_by_image_one_that_never_decides_and_one_that_collapsed():
+    decides = np.array([[1, 0], [0, 1]] * 5, dtype=float)
+    idle = np.full((10, 2), 0.5)
+    collapsed = np.tile([0.98, 0.02], (10, 1))
+    statistics = gate_statistics(np.stack([decides, idle, collapsed], axis=-1))  # one class each
+    assert statistics.images == 10
+    assert statistics.mean == pytest.approx(np.array([[0.5, 0.5, 0.98], [0.5, 0.5, 0.02]]))
+    assert statistics.std == pytest.approx(np.array([[0.5, 0, 0], [0.5, 0, 0]]))
+    low = -(0.98 * np.log(0.98) + 0.02 * np.log(0.02))
+    assert statistics.entropy_of_mean == pytest.approx(np.array([np.log(2), np.log(2), low]))
+    assert statistics.mean_entropy == pytest.approx(np.array([0, np.log(2), low]))
+    assert statistics.entropy_max == pytest.approx(np.log(2))
+    assert statistics.collapsed.tolist() == [False, False, True]
+
+
+def test_entropy_of_the_mean_is_never_below_the_mean_of_entropies_nor_above_log_of_experts():
+    weights = np.random.default_rng(0).dirichlet(np.full(4, 0.3), size=(7, 5)).swapaxes(1, 2)  # [N, E, K]
+    statistics = gate_statistics(weights)
+    assert (statistics.entropy_of_mean >= statistics.mean_entropy).all()  # Jensen
+    assert (statistics.entropy_of_mean <= np.log(4)).all() and (statistics.mean_entropy > 0).all()
+    assert statistics.mean.sum(axis=0) == pytest.approx(np.ones(5))
+
+
+@pytest.mark.parametrize(("weight", "alarm"), [(COLLAPSE, False), (COLLAPSE + 0.001, True)])
+def test_the_alarm_rings_above_its_limit_whichever_expert_it_is(weight, alarm):
+    weights = np.tile([[1 - weight], [weight]], (4, 1, 1))
+    assert gate_statistics(weights).collapsed.tolist() == [alarm]

@@ -1,0 +1,47 @@
+"""Toy experts that offer what an expert offers, small enough for many tests."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from networks.resize import pad_to, upsample
+
+
+class ToyExpert(nn.Module):
+    """Stride-4 logits, stride-16 features, BatchNorm and dropout that training would move; counts passes."""
+
+    stride = 16
+
+    def __init__(self, num_classes: int, feature_channels: int = 6):
+        super().__init__()
+        self.num_classes, self.feature_channels = num_classes, feature_channels
+        self.passes = 0
+        patches = nn.Conv2d(3, 8, 4, stride=4)
+        self.stem = nn.Sequential(patches, nn.BatchNorm2d(8), nn.Tanh(), nn.Dropout(0.3))
+        self.head = nn.Conv2d(8, num_classes, 1)
+        self.features = nn.Conv2d(8, feature_channels, 1)
+
+    def forward(self, images):
+        return upsample(self.forward_features(images)[0], images.shape[-2:], self.stride)
+
+    def forward_features(self, images):
+        self.passes += 1
+        low = self.stem(pad_to(images, self.stride))
+        return self.head(low), F.relu(F.avg_pool2d(self.features(low), 4))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def toy_expert():
+    return ToyExpert
+
+
+@pytest.fixture
+def toy_experts():
+    """toy_experts(number, num_classes=5) -> dict of named experts."""
+    return lambda number, num_classes=5: {f"expert{index}": ToyExpert(num_classes) for index in range(number)}
