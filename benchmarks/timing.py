@@ -1,4 +1,4 @@
-"""Measures ways of doing the same thing side by side and prints what was measured, where and at which commit."""
+"""Times ways of doing the same thing side by side and tells where and at which commit that was."""
 
 import argparse
 import json
@@ -17,14 +17,15 @@ PACKAGES = ("torch", "numpy", "opencv-python-headless", "albumentations")
 def arguments(description: str, repeats: int) -> argparse.Namespace:
     """Command line of a benchmark: --repeats, --out."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--repeats", type=int, default=repeats, help="rounds, the median counts (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds, of which the median counts")
     parser.add_argument("--out", type=Path, help="write the figures to this file as JSON as well")
     return parser.parse_args()
 
 
 def side_by_side(ways: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call, `repeats` per way. The ways take turns, so that a slow moment of the machine meets all
-    of them; one round before is not counted."""
+    """Seconds of each call, `repeats` per way; one round before is not counted.
+
+    The ways take turns, so that a slow moment of the machine meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name, way in ways.items():
@@ -58,21 +59,24 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def commit() -> str:
     """Short hash of the checkout, with "+" where files differ from it; "none" outside of git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        name = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True)
+        changed = subprocess.check_output([*git, "status", "--porcelain"], text=True)
     except (OSError, subprocess.CalledProcessError):
         return "none"
-    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return name.strip() + ("+" if changed.strip() else "")
 
 
-def report(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: str, out: Path | None) -> None:
+def report(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], notes: str, out: Path | None
+) -> None:
     """Prints a Markdown table, the notes and the machine; writes the same to `out` as JSON."""
     where = machine()
     print(f"\n**{title}**\n")

@@ -41,7 +41,11 @@ def supervised(loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Calla
 
 
 def optimizer_steps(batches, settings) -> int:
-    """Optimiser steps of the whole training; the last one of an epoch may take fewer batches."""
+    """Optimiser steps of the whole training; the last one of an epoch may take fewer batches.
+
+    Raises UserError where there is no batch."""
+    if not len(batches):
+        raise UserError("train.batch_size: larger than the number of training frames, so there is no batch")
     return settings.epochs * math.ceil(len(batches) / settings.accumulate)
 
 
@@ -73,8 +77,7 @@ def fit(
     gradients or weights, for a state that doesn't fit and for files that can't be written."""
     if settings.monitor not in metrics:
         raise UserError(f"train.monitor: {settings.monitor!r} isn't measured; allowed: {', '.join(metrics)}")
-    if not len(batches):
-        raise UserError("train.batch_size: larger than the number of training frames, so there is no batch")
+    steps = optimizer_steps(batches, settings)
     training = _Training(model, phases, batches, validate, run, settings, torch.device(device), weights)
     tensors = {name: tensor.detach() for name, tensor in state(model).items()}
     average = None if settings.ema is None else Average(tensors, settings.ema)
@@ -82,7 +85,7 @@ def fit(
     training.state = TrainingState(Position(), tensors, average, phases, sums, identity or {})
     if run.last.exists():
         training.state.restore(run, settings.monitor)
-    training.run_epochs(list(metrics))
+    training.run_epochs(steps, list(metrics))
     at = training.state.at
     return Result(at.epoch, at.step, at.images_seen, at.best, at.best_epoch)
 
@@ -100,13 +103,12 @@ class _Training:
         model.to(device=device, memory_format=self.layout)
         self.network = torch.compile(model) if settings.compile and device.type == "cuda" else model
 
-    def run_epochs(self, metrics: list[str]) -> None:
+    def run_epochs(self, steps: int, metrics: list[str]) -> None:
         at, run = self.state.at, self.run
         if at.finished:
             run.log(f"{run.path}: this training is done ({at.epoch} epochs); there is nothing to resume")
             return
         names = [phase.name for phase in self.phases]
-        steps = optimizer_steps(self.batches, self.settings)
         self.progress = Progress(run, self.settings, names, metrics, steps, at)
         with StopRequest() as self.stop, self.progress:
             while not at.finished:

@@ -141,7 +141,7 @@ class Evaluate(Section):
     )
     absent: Literal["nan", "zero", "one", "gt_only"] = Field(
         "nan",
-        description="IoU of a class without pixels: left out, 0, 1, or only classes with ground truth count",
+        description="a class without pixels in mIoU: left out, 0, 1; gt_only counts those with ground truth",
     )
     attacks: list[Attack] = Field([{"name": "clean"}], description="attacks to evaluate under", min_length=1)
     precision: Precision = Field("fp32", description="arithmetic of the forward pass")

@@ -24,6 +24,7 @@ GATE_COLUMNS = (
     "model", "subset", "class", "expert", "mean", "std", "entropy_of_mean", "mean_entropy", "entropy_max",
     "collapsed", "dead_share", "n_images",
 )  # fmt: skip
+IN_PERCENT = "Figures are in percent here; matrix.csv and results.csv hold fractions in [0, 1] with all digits."
 FEW_IMAGES = 10  # a class in fewer images than this is marked: its IoU says little
 
 
@@ -178,14 +179,14 @@ def header_lines(results: Results, subsets: Sequence[str]) -> list[str]:
 def matrix_markdown(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
     """The matrix in percent, with its header lines."""
     titles, cells = _matrix_cells(results, subsets, rows, " ({})")
-    lines = [*(f"- {line}" for line in [*header_lines(results, subsets), "Figures are in percent."]), ""]
+    lines = [*(f"- {line}" for line in [*header_lines(results, subsets), IN_PERCENT]), ""]
     return "\n".join(lines + markdown_table(titles, cells, left=2)) + "\n"
 
 
 def matrix_latex(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
     """The matrix in percent as a LaTeX tabular (package booktabs), its header lines as comments."""
     titles, cells = _matrix_cells(results, subsets, rows, r" \,({})")
-    lines = [f"% {line}" for line in [*header_lines(results, subsets), "Figures are in percent."]]
+    lines = [f"% {line}" for line in [*header_lines(results, subsets), IN_PERCENT]]
     lines += [r"\begin{tabular}{ll" + "r" * (len(titles) - 3) + "l}", r"\toprule"]
     lines += [" & ".join(latex_escape(title) for title in titles) + r" \\", r"\midrule"]
     kind = cells[0][1]

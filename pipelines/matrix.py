@@ -37,6 +37,7 @@ class Zoo:
     experts: tuple[str, ...]
     ensembles: dict[str, object] = field(default_factory=dict)
     gates: dict[str, tuple[Trained, tuple[str, ...]]] = field(default_factory=dict)
+    dead: dict[str, list[float]] = field(default_factory=dict)  # per gate: share of dead units of each image seen
 
     @cached_property
     def learned_gates(self) -> tuple[str, ...]:
@@ -44,7 +45,7 @@ class Zoo:
         return tuple(name for name, (trained, _) in self.gates.items() if trained.metadata["gate"]["type"] != "uniform")
 
     def rows(self, controls: bool, constant: Sequence[float] | None = None) -> list[Row]:
-        """All rows but ceilings and floor; constant: the weights picked on the validation split."""
+        """All rows but ceilings and floor; constant: the weights that were picked on the validation split."""
         rows = [network_row(name, "baseline", name, self.home(name)) for name in self.baselines]
         rows += [network_row(name, "expert", name, self.home(name)) for name in self.experts]
         rows += [ensemble_row(f"ensemble {name}", self.experts, combine) for name, combine in self.ensembles.items()]
@@ -52,8 +53,15 @@ class Zoo:
         return rows + self.control_rows(constant) if controls else rows
 
     def gate_row(self, name: str) -> Row:
+        """The row of a gate; every batch that it sees adds to `dead`."""
         trained, experts = self.gates[name]
-        return gate_row(name, experts, trained.network.combine, "gate" if name in self.learned_gates else "control")
+        mixture, dead = trained.network, self.dead.setdefault(name, [])
+
+        def combine(expert_logits, features, size):
+            dead.extend(mixture.gate.dead_share(features).tolist())
+            return mixture.combine(expert_logits, features, size)
+
+        return gate_row(name, experts, combine, "gate" if name in self.learned_gates else "control")
 
     def control_rows(self, constant: Sequence[float] | None) -> list[Row]:
         """What a gate has to beat: rows that know less, or that know the subset, or have the same convolution."""

@@ -104,6 +104,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     for trained, _ in zoo.gates.values():
         trained.network.to(device)
     chosen, constant = choose_on_val(config, zoo, index, device)
+    zoo.dead.clear()  # what is told is of the frames that are evaluated
     rows = zoo.rows(settings.controls, constant)
     ceilings = Ceilings(zoo.experts, ceilings_for(len(zoo.experts))) if settings.ceilings and len(zoo.experts) > 1 else Ceilings()
     samples: list[Sample] = []
@@ -111,7 +112,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         config, index, frames, zoo, rows, settings.split, device,
         ceilings=ceilings, keep=spread_frames(frames, settings.overlays), on_sample=samples.append, chosen=chosen,
     )  # fmt: skip
-    write_evaluation(folder, config, zoo, results, rows, samples, index)
+    write_evaluation(folder, config, zoo, results, rows, samples, subsets, index)
     print(f"evaluation: {folder}")
     return results
 
@@ -166,7 +167,7 @@ def choose_on_val(config: Evaluation, zoo: Zoo, index: FrameIndex, device) -> tu
     return gate, candidates[best_row(results, candidates, subset)] if candidates else None
 
 
-def write_evaluation(folder: Path, config: Evaluation, zoo: Zoo, results: Results, rows, samples, index: FrameIndex) -> None:
+def write_evaluation(folder: Path, config: Evaluation, zoo: Zoo, results: Results, rows, samples, subsets, index) -> None:
     """per_image.npz, tables and overlays; results.csv last, since it says that the evaluation is complete."""
     costs = zoo.costs(rows, config.data.image_size)
     atomic_write(folder / "config.yaml", dump(config.resolved()))
@@ -174,7 +175,8 @@ def write_evaluation(folder: Path, config: Evaluation, zoo: Zoo, results: Result
     for sample in samples:
         picture = overlay(sample, results, index.palette)
         atomic_write(folder / "overlays" / f"{sample.subset}_{sample.name.replace('/', '_')}.png", picture)
-    write_tables(folder, results, costs)
+    dead_shares = {name: sum(shares) / len(shares) for name, shares in zoo.dead.items() if shares}
+    write_tables(folder, results, costs, subsets, dead_shares)
 
 
 def evaluation_folder(config: Run | Evaluation) -> Path:

@@ -18,7 +18,7 @@ EXPERT_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31
 CASE_COLORS = ("#e8ecef", "#b2182b", "#54278f")  # agree right, agree wrong, all wrong
 SEVERAL_COLOR = "#a6bddb"
 INK, MUTED, UNLABELLED = "#1f2933", "#616e7c", (225, 225, 225)
-COLUMNS, PANEL_WIDTH, DPI = 4, 400, 100  # panels are at most this many pixels wide
+WIDTH, DPI = 400, 100  # pixels of a panel
 IGNORE = 255
 
 
@@ -31,18 +31,15 @@ def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, 
     lead = results.names("expert") or results.names("baseline")
     gate = results.chosen or next(iter(results.names("gate")), "")
     shown = ([gate] if gate else []) + lead
-    titles = {gate: f"MoE: {gate}" + (" (chosen)" if gate == results.chosen else "")}
+    titles = {gate: f"MoE: {gate}"}
     titles |= {name: f"{results.row(name).kind}: {name}" for name in lead}
-    width, height = _panel_size(sample.label.shape)
     experts = results.names("expert")
     panels = 2 + len(shown) + bool(gate) + 2 * (len(experts) > 1)
-    rows = -(-panels // COLUMNS)
-    picture = Figure(figsize=((width + 24) * COLUMNS / DPI, ((height + 44) * rows + 76) / DPI), dpi=DPI)
-    axes = picture.subplots(rows, COLUMNS, squeeze=False).flatten()
-    picture.subplots_adjust(
-        left=0.008, right=0.992, wspace=0.05, hspace=44 / height,
-        top=1 - 34 / (picture.get_figheight() * DPI), bottom=86 / (picture.get_figheight() * DPI),
-    )  # fmt: skip
+    columns = min(6, max(min(panels, 4), -(-panels // 2)))
+    width, height = WIDTH, max(1, round(WIDTH * sample.label.shape[0] / sample.label.shape[1]))
+    predictions = [sample.predictions[name] for name in shown]
+    handles = _class_handles(sample, predictions, results.protocol.classes, palette)
+    picture, axes = _canvas(-(-panels // columns), columns, width, height, handles)
     for panel in axes:
         panel.axis("off")
     free = iter(axes)
@@ -58,7 +55,6 @@ def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, 
             _weights(next(free), sample, gate, names, results.protocol.classes)
     if len(experts) > 1:
         _disagreement(next(free), next(free), sample, experts, image)
-    _legend(picture, sample, [sample.predictions[name] for name in shown], results.protocol.classes, palette)
     return to_png(picture)
 
 
@@ -74,14 +70,16 @@ def expert_color(index: int) -> str:
     return EXPERT_COLORS[index % len(EXPERT_COLORS)]
 
 
+def _readable_on(color: str) -> str:
+    """White or ink, whichever stands out from a #rrggbb colour."""
+    red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
 def _colored(names: Sequence[str], experts: Sequence[str]) -> list[tuple[str, str]]:
     """(name, colour) of a gate's experts: the colour that the expert has in the whole report."""
     order = [*experts, *(name for name in names if name not in experts)]
     return [(name, expert_color(order.index(name))) for name in names]
-
-
-def _panel_size(shape: tuple[int, int]) -> tuple[int, int]:
-    return PANEL_WIDTH, max(1, round(PANEL_WIDTH * shape[0] / shape[1]))
 
 
 def _photo_mode(image: np.ndarray, width: int) -> int:
@@ -117,12 +115,10 @@ def _weights(
         order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]]
         bars = [(classes[index], index) for index in order[:12]]
     panel.axis("on")
-    panel.set_title(
-        "gate weights" + (" by class" if weights.shape[1] > 1 else ""),
-        fontsize=11,
-        color=INK,
-        loc="left",
-        pad=6,
+    box = panel.get_position()
+    title = "gate weights" + (" by class" if weights.shape[1] > 1 else "")
+    panel.figure.text(
+        box.x0, box.y1 + 8 / (panel.figure.get_figheight() * DPI), title, fontsize=11, color=INK
     )
     positions = np.arange(len(bars))
     thickness = 0.8 if len(bars) > 1 else 0.3
@@ -138,7 +134,7 @@ def _weights(
                     f"{value:.2f}",
                     ha="center",
                     va="center",
-                    color="white",
+                    color=_readable_on(color),
                     fontsize=8,
                 )
         start += values
@@ -146,8 +142,7 @@ def _weights(
     panel.set_yticks(positions, [name for name, _ in bars], fontsize=8, color=INK)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
-    box = panel.get_position()
-    margin = 0.075  # for the names of the classes
+    margin = 125 / (panel.figure.get_figwidth() * DPI)  # for the names of the classes
     panel.set_position([box.x0 + margin, box.y0 + 0.1 * box.height, box.width - margin, 0.9 * box.height])
     panel.legend(
         loc="upper center",
@@ -185,17 +180,36 @@ def _disagreement(panel: Axes, key: Axes, sample: Sample, experts: Sequence[str]
     )
 
 
-def _legend(
-    picture: Figure, sample: Sample, predictions: list[np.ndarray], classes: Sequence[str], palette: Sequence
-) -> None:
+def _canvas(
+    rows: int, columns: int, width: int, height: int, handles: list[Patch]
+) -> tuple[Figure, np.ndarray]:
+    """A picture of rows x columns panels of width x height pixels, titles above and the legend below."""
+    total_width = (width + 24) * columns
+    widest = max(46 + 7 * len(handle.get_label()) for handle in handles) if handles else 1
+    legend_columns = max(1, min(len(handles), total_width // widest))
+    below = 30 + 19 * -(-len(handles) // legend_columns)
+    total_height = 34 + rows * height + (rows - 1) * 44 + below
+    picture = Figure(figsize=(total_width / DPI, total_height / DPI), dpi=DPI)
+    axes = picture.subplots(rows, columns, squeeze=False).flatten()
+    picture.subplots_adjust(
+        left=0.008, right=0.992, wspace=0.05, hspace=44 / height,
+        top=1 - 34 / total_height, bottom=below / total_height,
+    )  # fmt: skip
+    picture.legend(
+        handles=handles, loc="lower center", ncols=legend_columns, frameon=False, fontsize=9,
+        handlelength=1.2, columnspacing=1.4, labelcolor=MUTED, borderpad=0.2,
+    )  # fmt: skip
+    return picture, axes
+
+
+def _class_handles(
+    sample: Sample, predictions: list[np.ndarray], classes: Sequence[str], palette: Sequence
+) -> list[Patch]:
     """Colours of the classes in the frame, true or predicted, those with most pixels first."""
     everywhere = np.concatenate([sample.label.flatten(), *(one.flatten() for one in predictions)])
     pixels = np.bincount(everywhere, minlength=256)[: len(classes)]
-    order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]][:24]
+    order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]]
     handles = [Patch(facecolor=np.array(palette[index]) / 255, label=classes[index]) for index in order]
     if (sample.label == IGNORE).any():
         handles.append(Patch(facecolor=np.array(UNLABELLED) / 255, label="no label"))
-    picture.legend(
-        handles=handles, loc="lower center", ncols=min(12, max(1, len(handles))), frameon=False, fontsize=9,
-        handlelength=1.2, columnspacing=1.4, labelcolor=MUTED,
-    )  # fmt: skip
+    return handles

@@ -21,7 +21,7 @@ LAYERS = (
 ALLOWED = {
     "scripts": {"pipelines"},
     "pipelines": set(LAYERS),
-    "reports": {"evaluation", "engine.config"},
+    "reports": {"evaluation", "metrics", "engine.config"},
     "evaluation": {"engine", "attacks", "metrics"},
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},

@@ -123,7 +123,7 @@ def test_a_damaged_part_is_told_and_made_again(index, tmp_path, capsys, file, da
     damage(part / file)
     cache = opened(index, tmp_path, ["east"])
     told = capsys.readouterr().err
-    assert "warning: frame cache of tiny east train" in told and file.split(".")[0] in told and "cached tiny" in told
+    assert "warning: frame cache of tiny east train" in told and file in told and "cached tiny" in told
     assert_right(index, cache)
     opened(index, tmp_path, ["east"])
     assert made(capsys) == 0
@@ -169,11 +169,11 @@ def test_a_moved_data_set_keeps_its_cache(index, tmp_path, capsys):
     opened(index, tmp_path)
     made(capsys)
     (tmp_path / "data").rename(tmp_path / "elsewhere")
-    frames = tuple(
-        replace(frame, image=tmp_path / "elsewhere" / frame.image.name, label=tmp_path / "elsewhere" / frame.label.name)
-        for frame in index.frames
-    )
-    opened(replace(index, root=tmp_path / "elsewhere", frames=frames), tmp_path)
+    root = tmp_path / "elsewhere"
+    frames = [
+        replace(frame, image=root / frame.image.name, label=root / frame.label.name) for frame in index.frames
+    ]
+    opened(replace(index, root=root, frames=tuple(frames)), tmp_path)
     assert made(capsys) == 0
 
 
@@ -204,14 +204,14 @@ def test_a_label_value_out_of_range_is_named_and_leaves_nothing(index, tmp_path)
 
 def test_image_and_label_of_different_size_are_named(index, tmp_path):
     rewrite(index.frames[0].label, lambda ids: ids[:-1])
-    with pytest.raises(UserError, match=r"east_train_0.png is 40x24 and its label .*east_train_0_ids.png is 40x23"):
+    with pytest.raises(UserError, match=r"east_train_0.png is 40x24 and its label .*_0_ids.png is 40x23"):
         opened(index, tmp_path)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(index, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(cache_parts.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"data.cache_dir: .*cache/frames: only 1000 bytes are free; it needs 7936 bytes"):
+    with pytest.raises(UserError, match=r"cache/frames: only 1000 bytes are free; it needs 7936 bytes"):
         opened(index, tmp_path, ["east"])
     assert_nothing_left(tmp_path)
 

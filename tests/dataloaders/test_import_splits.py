@@ -45,7 +45,7 @@ def test_the_public_lists_are_refused_as_a_whole_telling_the_leak(real_data, tmp
         "ambiguous_test: 766 frames of 20181016_125231",
         "ambiguous_test: 405 frames of 20181108_141609",
         "ambiguous_test: 250 frames of 20181204_154421",
-        "ambiguous_test: 655 of its 1421 frames are of trained scenes",
+        "ambiguous_test: 655 of its 1421 frames are of scenes that are trained on",
         "all is highway followed by urban",
     ):
         assert fact in told

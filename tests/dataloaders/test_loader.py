@@ -1,4 +1,4 @@
-"""Batches are a function of seed, epoch and step: workers, resuming and leaving an epoch don't change them."""
+"""Batches are a function of seed, epoch and step: workers and resuming don't change them."""
 
 import os
 import signal
@@ -53,10 +53,13 @@ def evaluation(data, workers=0, batch_size=4, size=SIZE, resolution="native", in
     )
 
 
+def names(batches):
+    return [frame.name for batch in batches for frame in batch.frames]
+
+
 def content(batches):
     return [
-        (batch.images.numpy().tobytes(), batch.labels.numpy().tobytes(), [frame.name for frame in batch.frames])
-        for batch in batches
+        (batch.images.numpy().tobytes(), batch.labels.numpy().tobytes(), names([batch])) for batch in batches
     ]
 
 
@@ -86,21 +89,21 @@ def test_an_epoch_that_is_left_early_does_not_disturb_the_next(data, workers):
 
 def test_an_epoch_shows_each_frame_once_and_drops_the_rest(data):
     batches = training(data, batch_size=3)
-    names = [[frame.name for batch in batches.epoch(epoch) for frame in batch.frames] for epoch in (0, 1)]
-    assert len(batches) == 3 and len(names[0]) == len(set(names[0])) == 9
-    assert names[0] != names[1]
-    assert names[0] != [frame.name for batch in training(data, batch_size=3, seed=5).epoch(0) for frame in batch.frames]
+    first, second = names(batches.epoch(0)), names(batches.epoch(1))
+    assert len(batches) == 3 and len(first) == len(set(first)) == len(set(second)) == 9
+    assert first != second
+    assert first != names(training(data, batch_size=3, seed=5).epoch(0))
 
 
 def test_over_the_epochs_no_frame_is_left_out(data):
     batches = training(data, batch_size=3)
-    seen = {frame.name for epoch in range(6) for batch in batches.epoch(epoch) for frame in batch.frames}
-    assert len(seen) == 11
+    assert len({name for epoch in range(6) for name in names(batches.epoch(epoch))}) == 11
 
 
 def test_the_changes_of_a_frame_differ_between_epochs(data):
     batches = training(data, batch_size=1)
-    first, second = ({batch.frames[0].name: batch.images for batch in batches.epoch(epoch)} for epoch in (0, 1))
+    first = {batch.frames[0].name: batch.images for batch in batches.epoch(0)}
+    second = {batch.frames[0].name: batch.images for batch in batches.epoch(1)}
     assert all(not torch.equal(first[name], second[name]) for name in first)
 
 
@@ -140,7 +143,7 @@ def test_ctrl_c_does_not_reach_the_workers(data):
 
 
 def test_fewer_frames_than_a_batch_is_refused(data):
-    with pytest.raises(UserError, match=r"train.batch_size: 12 is more than the 11 frames that data.subsets gives"):
+    with pytest.raises(UserError, match=r"train.batch_size: 12 is more than the 11 frames that data.subsets"):
         training(data, batch_size=12)
     assert len(training(data, batch_size=11)) == 1
 

@@ -71,14 +71,10 @@ def test_letterbox_keeps_the_aspect_fills_one_side_and_is_centred(native, size):
 @settings(max_examples=50)
 def test_a_new_label_pixel_has_the_id_under_its_centre(native, size):
     _, labels = noise(*native)
-    expected = [
-        [
-            labels[int((row + Fraction(1, 2)) * native[0] / size[0])][int((column + Fraction(1, 2)) * native[1] / size[1])]
-            for column in range(size[1])
-        ]
-        for row in range(size[0])
-    ]
-    assert np.array_equal(nearest(labels, *size), expected)
+    half = Fraction(1, 2)
+    rows = [int((row + half) * native[0] / size[0]) for row in range(size[0])]
+    columns = [int((column + half) * native[1] / size[1]) for column in range(size[1])]
+    assert nearest(labels, *size).tolist() == [[labels[row, column] for column in columns] for row in rows]
 
 
 @given(native=st.tuples(sides, sides), border=st.tuples(st.integers(0, 40), st.integers(0, 40)))
@@ -105,8 +101,8 @@ def test_the_border_of_a_letterbox_is_padding_and_ignored():
 
 
 def test_shrinking_an_image_averages_areas_and_enlarging_is_linear():
-    image, _ = noise(8, 12)
-    areas = image.reshape(4, 2, 6, 2, 3).mean(axis=(1, 3))
+    image, _ = noise(16, 18)
+    areas = image.reshape(4, 4, 6, 3, 3).mean(axis=(1, 3))
     assert abs(resize_image(image, (4, 6), "squash") - areas).max() <= 0.5
     ramp = np.repeat(np.arange(0, 100, 10, dtype=np.uint8)[None, :, None], 3, axis=2)
     assert resize_image(ramp, (1, 20), "squash")[0, 1:-1, 0] == pytest.approx(np.arange(2.5, 90, 5), abs=0.5)
@@ -116,7 +112,8 @@ def test_shrinking_an_image_averages_areas_and_enlarging_is_linear():
 @pytest.mark.parametrize("grown", [31, 37, 50, 64])
 def test_enlarged_images_and_labels_agree_to_the_pixel(axis, grown):
     image, labels = stripes(30, 30, axis)
-    image, labels = (resize(x, (grown, grown), "squash") for resize, x in ((resize_image, image), (resize_label, labels)))
+    image = resize_image(image, (grown, grown), "squash")
+    labels = resize_label(labels, (grown, grown), "squash")
     decided = abs(image[..., 0].astype(int) - 100) > 2  # at a tie either id is right
     assert decided.mean() > 0.8
     assert np.array_equal((image[..., 0] > 100)[decided], labels[decided] == 1)
@@ -164,12 +161,14 @@ def test_scale_crop_zooms_by_the_scale_and_cuts_anywhere(scale):
     corners = set()
     for index in range(40):
         labels = np.zeros((40, 60), np.uint8)
-        result, labels = augmented(pipeline((40, 60), scale=(scale, scale)), image, labels, seed=0, epoch=0, index=index)
+        change = pipeline((40, 60), scale=(scale, scale))
+        result, labels = augmented(change, image, labels, seed=0, epoch=0, index=index)
         top, left = np.argwhere(labels == 0)[0]
         height, width = min(40, round(40 * scale)), min(60, round(60 * scale))
         inside = result[top : top + height, left : left + width].astype(float) / 4
         row_steps, column_steps = np.diff(inside[1:-1, :, 0], axis=0), np.diff(inside[:, 1:-1, 1], axis=1)
-        assert row_steps == pytest.approx(1 / scale, abs=0.26) and row_steps.mean() == pytest.approx(1 / scale, abs=0.02)
+        assert row_steps == pytest.approx(1 / scale, abs=0.26)  # half a level of rounding at either end
+        assert row_steps.mean() == pytest.approx(1 / scale, abs=0.02)
         assert column_steps.mean() == pytest.approx(1 / scale, abs=0.02)
         corners.add((int(top), int(left)) if scale < 1 else tuple(inside[0, 0, :2]))
     assert len(corners) > 20
@@ -179,8 +178,9 @@ def test_scale_is_drawn_from_its_range():
     _, labels = noise(64, 64)
     image = np.zeros((64, 64, 3), np.uint8)
     filled = []
+    change = pipeline((64, 64), scale=(0.25, 0.75))
     for index in range(100):
-        _, changed = augmented(pipeline((64, 64), scale=(0.25, 0.75)), image, labels, seed=0, epoch=0, index=index)
+        _, changed = augmented(change, image, labels, seed=0, epoch=0, index=index)
         filled.append(np.sqrt((changed != IGNORE).sum()) / 64)
     assert 0.25 <= min(filled) < 0.32 and 0.68 < max(filled) <= 0.75
     assert np.mean(filled) == pytest.approx(0.5, abs=0.05)
@@ -202,8 +202,8 @@ def test_brightness_contrast_saturation_and_hue_each_do_what_they_say():
     turned = color.apply(image, **as_it_is | {"hue": 15.0})
     assert luma(turned) == pytest.approx(luma(image), abs=0.6)
     red = np.full((1, 1, 3), 100, np.uint8) + np.array([40, 0, 0], np.uint8)
-    before, after = (cv2.cvtColor(x, cv2.COLOR_RGB2HSV)[0, 0, 0] for x in (red, color.apply(red, **as_it_is | {"hue": 15.0})))
-    assert before == 0 and after != 0
+    degrees = 2 * int(cv2.cvtColor(color.apply(red, **as_it_is | {"hue": 15.0}), cv2.COLOR_RGB2HSV)[0, 0, 0])
+    assert degrees == pytest.approx(15, abs=4)
 
 
 def test_color_leaves_labels_and_its_strength_is_bounded():
@@ -213,7 +213,7 @@ def test_color_leaves_labels_and_its_strength_is_bounded():
         changed, same = augmented(pipeline((8, 8), color=1.0), image, labels, seed=0, epoch=0, index=index)
         assert np.array_equal(same, labels) and np.ptp(changed) <= 1  # grey stays grey
         levels.append(changed[0, 0, 0])
-    assert 70 <= min(levels) < 75 and 125 < max(levels) <= 130  # contrast keeps the mean: only brightness shows
+    assert 70 <= min(levels) < 75 and 125 < max(levels) <= 130  # contrast keeps the mean, brightness shows
 
 
 def test_blur_leaves_labels_and_flattens_images():
@@ -230,8 +230,9 @@ def test_a_sample_depends_on_seed_epoch_and_index_only():
     image, labels = noise(32, 48)
     change = augmentation(SimpleNamespace(scale=(0.5, 2.0), flip=0.5, color=0.5, blur=0.5), (32, 48))
 
-    def sample(pipeline, seed, epoch, index):
-        return b"".join(x.tobytes() for x in augmented(pipeline, image, labels, seed=seed, epoch=epoch, index=index))
+    def sample(change, seed, epoch, index):
+        changed = augmented(change, image, labels, seed=seed, epoch=epoch, index=index)
+        return b"".join(array.tobytes() for array in changed)
 
     keys = [(seed, epoch, index) for seed in (0, 304) for epoch in (0, 1, 2) for index in (0, 1, 2)]
     forward = {key: sample(change, *key) for key in keys}
@@ -246,10 +247,10 @@ def test_two_transforms_of_one_pipeline_are_independent():
     outcomes = Counter()
     for index in range(800):
         _, changed = augmented(flips, image, labels, seed=304, epoch=1, index=index)
-        views = {"none": labels, "left-right": labels[:, ::-1], "up-down": labels[::-1], "both": labels[::-1, ::-1]}
+        views = {"none": labels, "first": labels[:, ::-1], "second": labels[::-1], "both": labels[::-1, ::-1]}
         outcomes.update(name for name, view in views.items() if np.array_equal(changed, view))
     assert sum(outcomes.values()) == 800
-    for name in ("none", "left-right", "up-down", "both"):
+    for name in ("none", "first", "second", "both"):
         assert outcomes[name] == pytest.approx(200, abs=50)  # 4 standard deviations of a fair draw
 
 

@@ -158,8 +158,9 @@ def test_dump_reads_back_as_the_same_value(value):
 
 def test_broken_yaml_names_the_line(write):
     assert refused(write("name: a\ntrain: [1, 2\nname: b\n"))[0].startswith("config.yaml:3: not YAML: ")
-    assert refused(write("data: {root: ${ROOT}}\n")) == [
-        "config.yaml:1: not YAML: expected ',' or '}', but got '{'; inside {...} a \"${VAR}\" stands in quotes"
+    assert refused(write("data: {root: ${A}}\n")) == [
+        "config.yaml:1: not YAML: expected ',' or '}', but got '{'; "
+        'inside {...} a "${VAR}" stands in quotes'
     ]
     assert refused(write("a: &a [*a]\n"))[0] == "config.yaml:1: an alias that contains itself"
     assert "python/name:os.system is not allowed" in refused(write("a: !!python/name:os.system x\n"))[0]
@@ -311,6 +312,10 @@ def test_override_with_a_mapping_replaces(write):
     assert "# stages.x.set" in config.render_with_sources()
 
 
+def test_override_fills_a_section_that_is_null(write):
+    assert load(write(EXPERT), ["train=null", "train.epochs=8"]).train.epochs == 8
+
+
 def test_override_of_a_list_entry(write):
     assert load(write(EXPERT), ["evaluate.attacks=[{name: clea}]", "evaluate.attacks.0.name=clean"])
     assert refused(write(EXPERT), "data.subsets.3=a") == [
@@ -373,6 +378,7 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
         ("train.compile=1", "train.compile: 1 is wrong; expected true or false"),
         ("train.compile=yes", 'train.compile: "yes" is wrong; expected true or false'),
         ("train.clip_norm=0", "train.clip_norm: 0 is wrong; expected a number above 0"),
+        ("train.clip_norm=true", "train.clip_norm: true is wrong; expected a number above 0"),
         ("train.clip_norm=1/0", 'train.clip_norm: "1/0" is wrong; expected a number above 0'),
         ("train.ema=1.1", "train.ema: 1.1 is wrong; expected a number from 0 to 1"),
         ("train.optimizer.lr=1e999", "train.optimizer.lr: Infinity is wrong; expected a number above 0"),
@@ -436,6 +442,10 @@ def test_refused_values(write, change, line):
     found = refused(write(EXPERT), change)
     assert len(found) == 1
     assert line is None or found == [f"command line: {line}"]
+
+
+def test_names_of_experts(write):
+    assert 'experts.c d: "c d" is wrong; expected a name' in refused(write(EXPERT), "experts={c d: x}")[0]
 
 
 def test_missing_keys_name_their_section(write):
@@ -505,6 +515,39 @@ def test_a_misspelt_section_does_not_bring_further_mistakes(write):
     assert len(refused(write(EXPERT.replace("subsets:", "subset:")))) == 1
 
 
+KEYS = ["name", "type", "data", "experts", "gate", "ensemble", "ensembles", "gates", "baselines", "stages", "set"]
+KEYS += ["train", "optimizer", "lr", "augment", "scale", "subsets", "image_size", "evaluate", "attacks", "config"]
+garbage = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats() | st.sampled_from(["", "a", "sgd", "@a", "uniform"]),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYS) | st.just("x"), inner, max_size=4)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from([EXPERT, MOE, EVALUATION, PIPELINE]),
+    st.lists(st.sampled_from(KEYS), min_size=1, max_size=3),
+    garbage,
+)
+def test_nothing_that_is_written_is_a_bug_of_ours(text, path, value):
+    """Any value at any place either loads or is refused in our words."""
+    mapping = value_of(text)
+    below = mapping
+    for key in path[:-1]:
+        below[key] = below[key] if isinstance(below.get(key), dict) else {}
+        below = below[key]
+    below[path[-1]] = value
+    try:
+        config = from_dict(mapping)
+    except ConfigError as error:
+        assert all(line.startswith("stored config: ") and len(line) < 600 for line in error.lines)
+    else:
+        assert from_dict(config.resolved()) == config
+
+
 def test_kind_is_told_by_the_keys(write):
     write(EXPERT, "expert.yaml")
     write(MOE, "moe.yaml")
@@ -528,6 +571,9 @@ def test_stage_files_are_relative_to_the_pipeline(write):
         "own.yaml",
     ]
     assert config.stages["moe"].set == {"experts": {"highway": "@highway", "urban": "@urban"}}
+    assert (
+        load("derived.yaml", ["stages.urban.config=b.yaml"], origin="a/x").stages["urban"].config == "b.yaml"
+    )
 
 
 def test_dotted_keys_of_a_stage_are_overridden_as_such(write):
@@ -542,6 +588,9 @@ def test_dotted_keys_of_a_stage_are_overridden_as_such(write):
 
 
 def test_a_stage_may_use_earlier_stages_only(write):
+    assert refused(write(PIPELINE), **{"stages.highway.set": {"name": ["x", "@urban"]}}) == [
+        "command line: stages.highway.set.name: no stage @urban; allowed: the stages before it (none)"
+    ]
     lines = refused(
         write(PIPELINE.replace("@urban", "@urbann").replace("  highway: {config: expert.yaml}\n", ""))
     )
@@ -607,6 +656,9 @@ class Toy(Base):
     """rate: of something."""
 
 
+def place(*, folder: str = "${TOY_FOLDER:-here}"): ...
+
+
 def build(first, second=3, *, size: Size, pair: tuple[int, float] | None = None, names: list[str] = ("a",)):
     return first, second, size, pair, names
 '''
@@ -620,7 +672,7 @@ def toy(tmp_path, monkeypatch):
         text = (TOY if not importable else "from engine.config import Probability, Size\n") + TOY_CLASS + more
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.syspath_prepend(tmp_path)
-        for entry, what in {"toy": "Toy", "build": "build", "bad": "bad"}.items():
+        for entry, what in {"toy": "Toy", "build": "build", "place": "place", "bad": "bad"}.items():
             monkeypatch.setitem(networks.NETWORKS, entry, f"{name}:{what}")
 
     return make
@@ -643,6 +695,13 @@ def test_build_gives_positions_of_the_program_and_keys_of_the_yaml(toy):
     assert arguments.plain() == {"name": "build", "size": [3, 4], "pair": [1, 2.0], "names": ["a"]}
 
 
+def test_variables_in_a_default_of_a_component(toy, monkeypatch):
+    toy("toy_place", importable=True)
+    assert component("networks:NETWORKS", "place").args == {"folder": "here"}
+    monkeypatch.setenv("TOY_FOLDER", "there")
+    assert component("networks:NETWORKS", "place").args == {"folder": "there"}
+
+
 def test_component_from_the_program_is_checked_as_a_yaml_is(toy):
     toy("toy_checked", importable=True)
     with pytest.raises(ConfigError) as error:
@@ -661,6 +720,7 @@ def test_component_from_the_program_is_checked_as_a_yaml_is(toy):
     [
         "def bad(*, x): ...",
         "def bad(*, x: Unknown): ...",
+        "def bad(*, x: bytes): ...",
         "def bad(*, x: int = 8 // 3): ...",
         "def other(*, x: int): ...",
     ],

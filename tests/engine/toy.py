@@ -50,7 +50,7 @@ class Net(nn.Sequential):
 
 
 class Batches:
-    """Noise whose label is its strongest channel; some pixels have none. A frame depends on seed and place only.
+    """Noise whose label is its strongest channel; some pixels have none. It depends on seed and place only.
 
     hook(epoch, index) is called before a batch is given."""
 
@@ -115,7 +115,7 @@ def train(
 ):
     """fit on the toy with changed settings; options: those of fit. Returns (result, run, model)."""
     seed_everything(304)
-    model, config, batches = net(), settings(**changed), batches or Batches()
+    model, config, batches = net(), settings(**changed), Batches() if batches is None else batches
     run = RunFolder(folder, {"name": Path(folder).name}, resume=resume)
     result = fit(
         model,

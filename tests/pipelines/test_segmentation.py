@@ -1,0 +1,195 @@
+"""Training and evaluating through the pipeline: what is refused, what stays untouched, what the tables say."""
+
+import json
+
+import pandas
+import pytest
+import torch
+
+from engine.checkpoints import load_metadata, load_weights, save_weights, tensors_sha256
+from engine.config import UserError
+from pipelines.models import load_gate, load_network
+
+
+def evaluation_of(workshop, **changes) -> dict:
+    config = workshop.expert("evaluation", ["day", "night"])
+    shared = {key: config[key] for key in ("name", "output", "data", "evaluate")}
+    experts = {name: str(workshop.run(name)) for name in ("day", "night")}
+    return {**shared, "experts": experts, "ensembles": ["mean", "max"], "gates": {"gate": str(workshop.run("gate"))}, **changes}
+
+
+def test_gate_training_leaves_the_experts_bit_identical(workshop):
+    before = {name: workshop.run(name).joinpath("checkpoints/best.safetensors").read_bytes() for name in ("day", "night")}
+    workshop.train(workshop.gate("other_gate", type="classwise", conv=True))
+    gate, experts = load_gate(str(workshop.run("other_gate")), "gates.other_gate")
+    for name, trained in experts.items():
+        assert workshop.run(name).joinpath("checkpoints/best.safetensors").read_bytes() == before[name]
+        stored, _ = load_weights(workshop.run(name) / "checkpoints/best.safetensors")
+        inside = {key.removeprefix("network."): value for key, value in trained.network.state_dict().items()}
+        assert tensors_sha256(inside) == tensors_sha256(stored)
+    names = set(load_weights(gate.file)[0])
+    assert names and not [name for name in names if name.startswith("experts")]
+
+
+def test_trained_gate_in_memory_still_holds_the_stored_experts(workshop, monkeypatch):
+    """The model that was trained, not a copy loaded later: BatchNorm buffers included."""
+    from pipelines import segmentation
+
+    seen = {}
+    build = segmentation.build_mixture
+
+    def keep(experts, gate):
+        seen["model"] = build(experts, gate)
+        return seen["model"]
+
+    monkeypatch.setattr(segmentation, "build_mixture", keep)
+    workshop.train(workshop.gate("kept_gate"))
+    for name, expert in zip(seen["model"].expert_names, seen["model"].experts, strict=True):
+        inside = {key.removeprefix("network."): value for key, value in expert.state_dict().items()}
+        assert tensors_sha256(inside) == load_metadata(workshop.run(name) / "checkpoints/best.safetensors")["tensors_sha256"]
+
+
+def test_gate_refuses_other_experts_and_shows_both_hashes(workshop, tmp_path):
+    tensors, metadata = load_weights(workshop.run("day") / "checkpoints/best.safetensors")
+    first = next(iter(tensors))
+    changed = {**tensors, first: tensors[first] + 1}
+    save_weights(tmp_path / "day.safetensors", changed, metadata)
+    gate, about = load_weights(workshop.run("gate") / "checkpoints/best.safetensors")
+    about["experts"][0]["path"] = str(tmp_path / "day.safetensors")
+    save_weights(tmp_path / "gate.safetensors", gate, about)
+    with pytest.raises(UserError) as error:
+        load_gate(str(tmp_path / "gate.safetensors"), "gates.gate")
+    assert metadata["tensors_sha256"][:16] in str(error.value)
+    assert tensors_sha256(changed)[:16] in str(error.value)
+
+
+def test_expert_of_another_class_list_is_refused(workshop, tmp_path):
+    tensors, metadata = load_weights(workshop.run("day") / "checkpoints/best.safetensors")
+    save_weights(tmp_path / "day.safetensors", tensors, {**metadata, "classes": ["ground", "left", "elsewhere"]})
+    config = workshop.gate("refused")
+    config["experts"]["day"] = str(tmp_path / "day.safetensors")
+    with pytest.raises(UserError, match=r"experts.day: .*another class list.*elsewhere / right"):
+        workshop.train(config)
+    assert not workshop.run("refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": {"day": "missing", "night": "missing"}}, r"experts.day: no checkpoint at missing.*train that network first"),
+        ({"network": {"name": "deeplabv3plus", "backbone": "resnet18", "pretrained": "none"}}, r"experts.day: .*network.backbone: mobilenet_v2"),
+    ],
+)  # fmt: skip
+def test_wrong_experts_are_refused_before_anything_is_written(workshop, change, message):
+    with pytest.raises(UserError, match=message):
+        workshop.train({**workshop.gate("refused"), **change})
+    assert not workshop.run("refused").exists()
+
+
+def test_gate_checkpoint_is_no_expert(workshop):
+    with pytest.raises(UserError, match="holds a gate, not a network"):
+        load_network(str(workshop.run("gate")), "experts.day")
+
+
+def test_damaged_expert_is_refused_by_name(workshop, tmp_path):
+    whole = (workshop.run("day") / "checkpoints/best.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cut.safetensors"):
+        load_network(str(tmp_path / "cut.safetensors"), "experts.day")
+
+
+def test_nonempty_run_folder_is_refused(workshop):
+    with pytest.raises(UserError, match="--resume.*--overwrite"):
+        workshop.train(workshop.expert("day", ["day"]))
+
+
+def test_uniform_gate_without_conv_has_nothing_to_train(workshop):
+    config = workshop.gate("nothing")
+    config["gate"] = {"type": "uniform"}
+    with pytest.raises(UserError, match="conv: true"):
+        workshop.train(config)
+
+
+def test_dry_run_tells_sizes_and_writes_nothing(workshop, capsys):
+    workshop.train(workshop.gate("dry", type="classwise"), dry_run=True)
+    told = capsys.readouterr().out
+    assert "1x256x2x3" in told and "1x3x32x48" in told and "trains on 16 (gate)" in told
+    assert not workshop.run("dry").exists()
+
+
+def test_checkpoint_metadata_says_what_it_takes_to_use_it(workshop):
+    about = load_metadata(workshop.run("gate") / "checkpoints/best.safetensors")
+    assert about["classes"] == ["ground", "left", "right"]
+    assert [expert["name"] for expert in about["experts"]] == ["day", "night"]
+    assert about["budget"] == {"steps": 8, "images": 32}
+    assert "name" not in about["config"] and "miou" in json.dumps(about)
+
+
+def test_matrix_holds_every_row_and_agrees_with_a_direct_evaluation(workshop):
+    results = workshop.evaluate(evaluation_of(workshop), overwrite=True)
+    folder = workshop.run("evaluation") / "evaluation" / "test"
+    matrix = pandas.read_csv(folder / "matrix.csv").set_index("model")
+    expected = {"day", "night", "ensemble mean", "ensemble max", "gate", "true subset", "random weights", "constant weights"}
+    assert expected <= set(matrix.index)
+    assert matrix.loc["gate", "steps"] == 8 + 4 + 4
+    assert matrix.loc["gate", "images_seen"] == 32 + 16 + 16
+    assert len(list((folder / "overlays").glob("*.png"))) == 2
+    # one expert's counts by hand
+    network = load_network(str(workshop.run("day")), "experts.day").network
+    config = workshop.load(evaluation_of(workshop))
+    index = config.data.build()
+    frames = index.select("test", ["night"])
+    right = total = 0
+    for frame in frames:
+        image, label, _ = index.read(frame)
+        from dataloaders.transforms import resize_image
+
+        small = torch.from_numpy(resize_image(image, (32, 48), "squash")).permute(2, 0, 1)[None].float() / 255
+        with torch.no_grad():
+            logits = torch.nn.functional.interpolate(network(small), size=label.shape, mode="bilinear", align_corners=False)
+        right += int((logits.argmax(1)[0].numpy() == label).sum())
+        total += label.size
+    counted = results.total("day", "night")
+    assert counted.sum() == total
+    assert counted.trace() == pytest.approx(right, abs=2)  # batches of another size: last bits
+
+
+def test_true_subset_routing_equals_the_home_expert_on_each_subset(workshop):
+    results = workshop.evaluate(evaluation_of(workshop), overwrite=True)
+    for subset in ("day", "night"):
+        assert (results.total("true subset", subset) == results.total(subset, subset)).all()
+
+
+def test_ceilings_bound_what_they_claim_to_bound(workshop):
+    from metrics.confusion import aacc
+
+    results = workshop.evaluate(evaluation_of(workshop), overwrite=True)
+    bound = {name: aacc(results.total(name, "all")) for name in results.names()}
+    assert bound["best gate, simple"] >= max(bound[name] for name in ("gate", "day", "night", "ensemble mean", "constant weights"))
+    assert bound["oracle expert per pixel"] >= bound["oracle expert per image"] >= max(bound["day"], bound["night"])
+    assert bound["best gate, class-wise"] >= bound["best gate, simple"]
+
+
+def test_evaluation_is_not_overwritten_unless_asked(workshop):
+    config = {**evaluation_of(workshop), "name": "once"}
+    workshop.evaluate(config)
+    with pytest.raises(UserError, match="--overwrite"):
+        workshop.evaluate(config)
+
+
+def test_run_configs_evaluate_as_well(workshop):
+    assert "gate" in workshop.evaluate(workshop.gate("gate"), overwrite=True).names("gate")
+    ensemble = {key: value for key, value in workshop.gate("rule").items() if key not in ("gate", "train", "network")}
+    assert "ensemble vote" in workshop.evaluate({**ensemble, "ensemble": {"type": "vote"}}).names("ensemble")
+
+
+def test_more_than_two_experts_and_a_single_one_with_a_conv(workshop):
+    experts = {"a": "day", "b": "night", "c": "day"}
+    three = {**workshop.gate("three"), "experts": {name: str(workshop.run(run)) for name, run in experts.items()}}
+    workshop.train(three)
+    alone = {**workshop.gate("alone"), "experts": {"day": str(workshop.run("day"))}, "gate": {"type": "uniform", "conv": True}}
+    workshop.train(alone)
+    results = workshop.evaluate(
+        evaluation_of(workshop, name="many", gates={"three": str(workshop.run("three")), "alone": str(workshop.run("alone"))})
+    )
+    assert results.row("alone").kind == "control" and results.row("three").kind == "gate"
