@@ -1,4 +1,4 @@
-"""Attacks by name: functions (model, images, labels, *, knobs) -> images. A new one is one new file and one line here."""
+"""Attacks by name: (model, images, labels, *, knobs) -> images. A new one is one file and one line here."""
 
 ATTACKS = {
     "clean": "attacks.clean:clean",

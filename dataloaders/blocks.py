@@ -89,7 +89,7 @@ def too_near(
     near = np.zeros(len(ranks), dtype=bool)
     for members in recordings:
         for rank in range(1, len(SPLITS)):
-            later = np.sort(numbers[members[ranks[members] >= rank]])
+            later = np.sort(numbers[members[ranks[members] == rank]])
             earlier = members[ranks[members] < rank]
             first = np.searchsorted(later, numbers[earlier] - guard)
             last = np.searchsorted(later, numbers[earlier] + guard, side="right")

@@ -74,7 +74,7 @@ def check(index: FrameIndex, workers: int | None = None) -> Report:
             if not pixels[:-1].any():
                 empty.append(frame.name)
     if empty:
-        report.warnings.append(f"{len(empty)} frames have no labelled pixel: {listed(empty)}")
+        report.warnings.append(f"{many(empty, 'frame')} without a labelled pixel: {listed(empty)}")
     for colour, pixels in report.unknown.most_common():
         frames = f"{seen_in[colour]} frames" if seen_in[colour] > 1 else "1 frame"
         report.problems.append(f"unknown colour {colour}: {pixels} pixels in {frames}, they count as ignored")
@@ -110,9 +110,8 @@ def shared_scenes(frames: Sequence[Frame]) -> list[tuple[bool, str]]:
     for one, other in combinations(SPLITS, 2):
         if shared := sorted(scenes[one].keys() & scenes[other].keys()):
             count = sum(scenes[other][scene] for scene in shared)
-            text = (
-                f"{len(shared)} scenes of {one} are in {other} too ({count} {other} frames): {listed(shared)}"
-            )
+            told = f"{one} and {other} share {many(shared, 'scene')} ({count} frames of {other})"
+            text = f"{told}: {listed(shared)}"
             found.append((other == "test" and one != "val", text))
     return found
 
@@ -129,6 +128,10 @@ def shares(index: FrameIndex, histogram: dict[tuple[str, str], np.ndarray]) -> s
     ignored = (100 * histogram[place][-1] / max(histogram[place].sum(), 1) for place in places)
     rows.append(["(ignored, of all)", *(f"{share:.2f}" for share in ignored)])
     return table(["% of pixels", *("/".join(place) for place in places)], rows)
+
+
+def many(things: Sequence, noun: str) -> str:
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
 def listed(names: Sequence[str]) -> str:

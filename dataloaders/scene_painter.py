@@ -1,4 +1,4 @@
-"""A pinhole view of a flat, curved road and the canvas that paints image and label at once. Knows no scene."""
+"""A pinhole view of a flat, curved road, and the canvas that paints image and label at once."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,15 +9,24 @@ import numpy as np
 
 from dataloaders.a2d2_classes import CATEGORIES
 
-SUPERSAMPLE = 2  # images are painted at twice the size and averaged; labels keep every second pixel: hard edges
+SUPERSAMPLE = (
+    2  # images are painted at twice the size and averaged; labels keep every second pixel: hard edges
+)
 NEAR = 1.2  # metres: nothing nearer is painted
 FAR = 240.0
 SUBPIXEL_BITS = 4
-CLASS_BITS = 63  # a label value is a class id (< 64) plus 64 times the number of the colour variant of that class
+CLASS_BITS = (
+    63  # a label value is a class id (< 64) plus 64 times the number of the colour variant of that class
+)
 ID = {category: number for number, (category, _, _) in enumerate(CATEGORIES)}
 
 Colour = Sequence[float]  # (red, green, blue) in [0, 255]
 Corner = tuple[float, float]  # (x, z) on the ground, metres
+
+
+def shade(colour: Colour, factor: float) -> tuple[float, ...]:
+    """The colour, darker or lighter."""
+    return tuple(min(channel * factor, 255.0) for channel in colour)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Light:
 
 
 def draw_light(random: np.random.Generator) -> Light:
-    """Weather and light; the same distribution whatever the road, so that nobody can tell a subset by its light."""
+    """Weather and light: one distribution for all roads, so that no gate can tell a subset by its light."""
     kind = random.choice(("clear", "overcast", "fog", "dusk"), p=(0.4, 0.35, 0.1, 0.15))
     grey = random.uniform(190, 225)
     sky_top = {
@@ -54,7 +63,8 @@ def draw_light(random: np.random.Generator) -> Light:
         tint=random.normal(0.0, 0.02),
         contrast=random.uniform(0.85, 1.1),
         sun=random.uniform(0.75, 1.25),
-        haze={"clear": 0.001, "overcast": 0.003, "fog": 0.014, "dusk": 0.003}[kind] * random.uniform(0.5, 1.5),
+        haze={"clear": 0.001, "overcast": 0.003, "fog": 0.014, "dusk": 0.003}[kind]
+        * random.uniform(0.5, 1.5),
         haze_colour=haze_colour if kind == "dusk" else (grey + 5, grey + 10, grey + 15),
         sky_top=sky_top,
         clouds=random.uniform(0, 40) if kind != "fog" else 0.0,
@@ -77,7 +87,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Line:
-    """A painted line along the road: solid when `period` is 0, else `dash` metres of paint every `period` metres."""
+    """A painted line along the road: solid, or `dash` metres of paint every `period` metres."""
 
     x: float
     width: float
@@ -89,8 +99,10 @@ class Line:
 
 @dataclass
 class Canvas:
-    """Image and label under one camera. Coordinates: x metres to the right of the driven lane's middle, y metres
-    above the road, z metres along the road from where the recording began."""
+    """Image and label under one camera. Coordinates: x metres to the right of the driven lane's middle, y
+    metres above the road, z metres along the road from where the recording began.
+
+    The methods that paint take `paint`, a label value; without it the label stays: shade and decoration."""
 
     size: tuple[int, int]  # (height, width) of the finished frame
     light: Light
@@ -116,7 +128,8 @@ class Canvas:
         distance = max(z - self.camera_z, NEAR)
         scale = self.focal / distance
         bend = 0.5 * self.curvature * distance * distance
-        return self.middle + scale * (x - self.camera_x + bend), self.horizon_row + scale * (self.camera_height - y)
+        column = self.middle + scale * (x - self.camera_x + bend)
+        return column, self.horizon_row + scale * (self.camera_height - y)
 
     def scale(self, z: float) -> float:
         """Pixels a metre at z."""
@@ -126,28 +139,58 @@ class Canvas:
         share = math.exp(-self.light.haze * distance)
         return tuple(c * share + h * (1 - share) for c, h in zip(colour, self.light.haze_colour, strict=True))
 
-    def fill(self, polygons: Iterable[Sequence], colour: Colour, paint: int | None, z: float) -> None:
-        """Fills polygons (lists of (column, row)); without `paint` the label below stays: shade and decoration."""
+    def fill(self, polygons: Sequence[Sequence], colour: Colour, paint: int | None, z: float) -> None:
+        """Fills polygons, lists of (column, row), whose haze is that of z."""
+        if not polygons:
+            return
         points = [np.array(polygon) * (1 << SUBPIXEL_BITS) for polygon in polygons]
         points = [polygon.round().astype(np.int32) for polygon in points]
         cv2.fillPoly(self.image, points, self.hazy(colour, z - self.camera_z), cv2.LINE_8, SUBPIXEL_BITS)
         if paint is not None:
             cv2.fillPoly(self.labels, points, paint, cv2.LINE_8, SUBPIXEL_BITS)
 
-    def disc(self, x: float, y: float, z: float, radius: float, colour: Colour, paint: int | None) -> None:
+    def disc(self, x: float, y: float, z: float, radius: float, colour: Colour, paint: int | None = None) -> None:
+        """A circle that faces the camera. Not painted behind the near plane."""
+        if z < self.camera_z + NEAR:
+            return
         column, row = self.pixel(x, y, z)
         center, pixels = (round(column), round(row)), max(round(radius * self.scale(z)), 1)
         cv2.circle(self.image, center, pixels, self.hazy(colour, z - self.camera_z), -1)
         if paint is not None:
             cv2.circle(self.labels, center, pixels, paint, -1)
 
-    def wall(self, a: Corner, b: Corner, y0: float, y1: float, colour: Colour, paint: int | None) -> None:
+    def polygon(self, corners: Sequence[Corner], z: float, colour: Colour, paint: int | None) -> None:
+        """A shape at z that faces the camera; corners are (x, y). Not painted behind the near plane."""
+        if z > self.camera_z + NEAR:
+            self.fill([[self.pixel(x, y, z) for x, y in corners]], colour, paint, z)
+
+    def face(
+        self, x: float, z: float, width: float, y0: float, y1: float, colour: Colour, paint: int | None = None
+    ) -> None:
+        """An upright rectangle around x that faces the camera."""
+        self.wall((x - width / 2, z), (x + width / 2, z), y0, y1, colour, paint)
+
+    def flank(
+        self, x: float, z0: float, z1: float, y0: float, y1: float, colour: Colour, paint: int | None = None
+    ) -> None:
+        """An upright rectangle along the road."""
+        self.wall((x, z0), (x, z1), y0, y1, colour, paint)
+
+    def wall(
+        self, a: Corner, b: Corner, y0: float, y1: float, colour: Colour, paint: int | None = None
+    ) -> None:
         """An upright rectangle over the ground line from a to b, cut at the near plane."""
         clipped = self.clip(a, b)
         if clipped:
-            (xa, za), (xb, zb) = clipped
-            corners = [self.pixel(xa, y0, za), self.pixel(xb, y0, zb), self.pixel(xb, y1, zb), self.pixel(xa, y1, za)]
-            self.fill([corners], colour, paint, 0.5 * (za + zb))
+            a, b = clipped
+            self.fill([self.quad(a, b, y0, y1)], colour, paint, 0.5 * (a[1] + b[1]))
+
+    def quad(self, a: Corner, b: Corner, y0: float, y1: float) -> list[tuple[float, float]]:
+        """Pixels of the corners of an upright rectangle over the ground line from a to b."""
+        return [
+            self.pixel(a[0], y0, a[1]), self.pixel(b[0], y0, b[1]),
+            self.pixel(b[0], y1, b[1]), self.pixel(a[0], y1, a[1]),
+        ]  # fmt: skip
 
     def clip(self, a: Corner, b: Corner) -> tuple[Corner, Corner] | None:
         """The part of the ground line from a to b in front of the near plane, None where there is none."""
@@ -160,23 +203,35 @@ class Canvas:
             return (cut, b) if a[1] < near else (a, cut)
         return a, b
 
-    def ground_patch(self, x0: float, x1: float, z0: float, z1: float, colour: Colour, paint: int | None) -> None:
+    def ground_patch(
+        self, x0: float, x1: float, z0: float, z1: float, colour: Colour, paint: int | None
+    ) -> None:
         """A rectangle lying on the road."""
         z0 = max(z0, self.camera_z + NEAR)
         if z1 > z0:
             corners = [self.pixel(x, 0.0, z) for x, z in ((x0, z0), (x1, z0), (x1, z1), (x0, z1))]
             self.fill([corners], colour, paint, z0)
 
-    def sky(self, noise: np.ndarray, paint: int) -> None:
-        """Everything above the horizon: a gradient with clouds. `noise` is a float32 texture [256, 256] in [-1, 1]."""
+    def sky(self, noise: np.ndarray) -> None:
+        """Everything above the horizon: a gradient with clouds. `noise` is that of `noise_texture`."""
         rows = self.first_ground_row
         share = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None] ** 0.7
         top, bottom = (np.float32(colour) for colour in (self.light.sky_top, self.light.haze_colour))
         shift = int(self.camera_z / 8) % 64
-        clouds = cv2.resize(noise[:24, shift : shift + 48], (self.image.shape[1], rows), interpolation=cv2.INTER_CUBIC)
+        clouds = cv2.resize(
+            noise[:24, shift : shift + 48], (self.image.shape[1], rows), interpolation=cv2.INTER_CUBIC
+        )
         gradient = top * (1 - share) + bottom * share + self.light.clouds * np.maximum(clouds, 0)[..., None]
         self.image[:rows] = np.minimum(gradient, 255)
-        self.labels[:rows] = paint
+        self.labels[:rows] = ID["Sky"]
+
+    def hills(self, share: float, colour: Colour, noise: np.ndarray) -> None:
+        """A wooded ridge along the horizon, `share` of the height tall."""
+        height, width = self.labels.shape
+        ridge = noise[7, (np.arange(33) + int(self.camera_z / 15)) % 256] * 0.35 + 0.75
+        top = zip(np.linspace(0, width, 33), self.horizon_row - ridge * share * height, strict=True)
+        foot = self.horizon_row + 4
+        self.fill([[(0, foot), *top, (width, foot)]], colour, ID["Nature object"], self.camera_z + 150)
 
     def ground(self, strips: Sequence[Strip], lines: Sequence[Line], noise: np.ndarray) -> None:
         """Everything below the horizon, pixel by pixel from the cross-section of the road."""
@@ -184,7 +239,9 @@ class Canvas:
         rows = np.arange(first, self.image.shape[0], dtype=np.float32)[:, None] + 0.5
         columns = np.arange(self.image.shape[1], dtype=np.float32)[None] + 0.5
         distance = self.focal * self.camera_height / (rows - self.horizon_row)  # [R, 1]
-        x = (columns - self.middle) * (distance / self.focal) + (self.camera_x - 0.5 * self.curvature * distance**2)
+        x = (columns - self.middle) * (distance / self.focal) + (
+            self.camera_x - 0.5 * self.curvature * distance**2
+        )
         z = distance + self.camera_z
         kind = np.searchsorted(np.float32([strip.right for strip in strips[:-1]]), x)
 

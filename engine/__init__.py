@@ -1,4 +1,4 @@
-"""Training: losses, optimizers, schedules, the loop and the run folder. Knows no network, data set or attack by name."""
+"""Training: losses, optimizers, the loop, the run folder. Knows no network, data set or attack by name."""
 
 LOSSES = {
     "cross_entropy": "engine.losses:cross_entropy",

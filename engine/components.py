@@ -147,6 +147,8 @@ def mistakes_of(
         value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
         if isinstance(context.get("error"), Mistakes):
             found += [mistake.under(path) for mistake in context["error"].mistakes]
+        elif kind == "missing" and isinstance(path[-1], int):
+            found.append(wrong(value, "more entries").under(path[:-1]))
         elif kind == "missing":
             found.append(Mistake(path, f"missing; {fields[path[-1]]}", kind="missing"))
         elif kind == "extra_forbidden":
@@ -157,14 +159,17 @@ def mistakes_of(
             ]
             found.append(no_choice(value, choices).under(path))
         else:
-            found.append(wrong(value, _EXPECTED.get(kind) or detail["msg"]).under(path))
+            expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else detail["msg"]
+            found.append(wrong(value, expected).under(path))
     return found
 
 
 _EXPECTED = {
     "list_type": "a list such as [a, b]",
     "tuple_type": "a list such as [1, 2]",
-    "dict_type": "a mapping such as {key: value}",
+    "dict_type": "a mapping such as {{key: value}}",
+    "too_short": "at least {min_length} entries",
+    "too_long": "at most {max_length} entries",
 }
 
 

@@ -210,15 +210,16 @@ class Evaluation(Config):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        groups = {key: data[key] for key in ("baselines", "experts", "gates") if data.get(key)}
+        named = {key: data[key] for key in ("baselines", "experts", "gates") if data.get(key)}
+        groups = {key: rows for key, rows in named.items() if isinstance(rows, dict)}
         mistakes = []
-        if not groups:
+        if not named:
             mistakes.append(Mistake((), "nothing to evaluate: name runs under baselines, experts or gates"))
-        if data.get("ensembles") and len(groups.get("experts", ())) < 2:
+        if data.get("ensembles") and len(groups.get("experts", {})) < 2:
             mistakes.append(Mistake(("ensembles",), "need at least 2 experts to join"))
         seen: dict[str, str] = {}
         for group, rows in groups.items():
-            for row in rows if isinstance(rows, dict) else ():
+            for row in rows:
                 if row in seen:
                     mistakes.append(
                         Mistake((group, row), f"is a row of {seen[row]} already; rows need their own names")

@@ -129,7 +129,7 @@ def _rows(mapping: dict, path: tuple, indent: str) -> list[tuple[str, tuple]]:
         label = f"{indent}{dump(key, flow=True)}:"
         if isinstance(value, dict) and value:
             rows += [(label, ()), *_rows(value, below, indent + "  ")]
-        elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        elif isinstance(value, list) and value and all(item and isinstance(item, dict) for item in value):
             rows.append((label, ()))
             for index, item in enumerate(value):
                 (first, source), *others = _rows(item, (*below, index), indent + "    ")

@@ -24,7 +24,10 @@ GATE_COLUMNS = (
     "model", "subset", "class", "expert", "mean", "std", "entropy_of_mean", "mean_entropy", "entropy_max",
     "collapsed", "dead_share", "n_images",
 )  # fmt: skip
-IN_PERCENT = "Figures are in percent here; matrix.csv and results.csv hold fractions in [0, 1] with all digits."
+IN_PERCENT = (
+    "Figures are in percent, behind them in parentheses the number of classes counted; matrix.csv and "
+    "results.csv hold fractions in [0, 1] with all digits."
+)
 FEW_IMAGES = 10  # a class in fewer images than this is marked: its IoU says little
 
 
@@ -170,7 +173,7 @@ def header_lines(results: Results, subsets: Sequence[str]) -> list[str]:
         f"Network input {height} x {width} (height x width, {protocol.resize}), {protocol.precision}, "
         f"attack: {protocol.attack}; counted {where} (resolution: {protocol.resolution}).",
         f"Classes: {len(protocol.classes)}; with ground truth: {present}. absent: {protocol.absent} "
-        f"({rule}); the number of classes counted stands in parentheses.",
+        f"({rule}).",
         "mIoU_common is over the classes with ground truth in every one of these subsets "
         f"({common} of {len(protocol.classes)}), so that its columns can be compared.",
     ]

@@ -21,7 +21,7 @@ LAYERS = (
 ALLOWED = {
     "scripts": {"pipelines"},
     "pipelines": set(LAYERS),
-    "reports": {"evaluation", "metrics", "engine.config"},
+    "reports": {"evaluation", "engine", "metrics"},
     "evaluation": {"engine", "attacks", "metrics"},
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},

@@ -86,17 +86,17 @@ def test_overlap_and_shared_scenes_are_found(root):
     report = found(root)
     assert report.problems == [
         "20180807145028_frontcenter_000000000 is listed in urban/train and urban/test",
-        "2 scenes of train are in test too (2 test frames): 20180807_145028, 20181108_084007",
+        "train and test share 2 scenes (2 frames of test): 20180807_145028, 20181108_084007",
     ]
     assert report.warnings == [
-        "1 scenes of train are in val too (1 val frames): 20180807_145028",
-        "1 scenes of val are in test too (1 test frames): 20180807_145028",
+        "train and val share 1 scene (1 frames of val): 20180807_145028",
+        "val and test share 1 scene (1 frames of test): 20180807_145028",
     ]
 
 
 def test_scenes_of_the_gate_must_not_be_in_test(root):
     write_lists(root / "splits", urban_gate=[TEST[0].path("label")], urban_test=[TEST[1].path("label")])
-    assert found(root).problems == ["1 scenes of gate are in test too (1 test frames): 20181016_125231"]
+    assert found(root).problems == ["gate and test share 1 scene (1 frames of test): 20181016_125231"]
 
 
 def test_values_out_of_range_and_frames_without_labels_are_told(tmp_path):
@@ -107,7 +107,7 @@ def test_values_out_of_range_and_frames_without_labels_are_told(tmp_path):
     report = check(folder(root=str(tmp_path)), workers=1)
     (problem,) = report.problems
     assert "a.png: label value 3 (24 pixels); allowed: 0..2, 255" in problem
-    assert report.warnings == ["1 frames have no labelled pixel: b"]
+    assert report.warnings == ["1 frame without a labelled pixel: b"]
 
 
 def config(tmp_path: Path, data: str) -> str:

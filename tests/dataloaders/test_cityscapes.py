@@ -35,6 +35,30 @@ def test_label_ids_become_the_19_train_ids(root):
     assert (image == (5, 6, 7)).all() and unknown == 0
     assert labels.tolist() == [[255, 0, 1, 18], [255, 13, 255, 11]]
     assert [name for _, name, _ in CLASSES][11:14] == ["person", "rider", "car"]
+    counted = [
+        7,
+        8,
+        11,
+        12,
+        13,
+        17,
+        19,
+        20,
+        21,
+        22,
+        23,
+        24,
+        25,
+        26,
+        27,
+        28,
+        31,
+        32,
+        33,
+    ]  # ids of the 19 classes
+    every = save(root / "every.png", np.arange(34, dtype=np.uint8)[None])
+    expected = [counted.index(label) if label in counted else 255 for label in range(34)]
+    assert index.read_label(every)[0].tolist() == [expected]
     save(index.frames[0].label, np.full((2, 4), 34, dtype=np.uint8))
     with pytest.raises(UserError, match=r"labelIds\.png: label value 34 .*allowed: 0..33, 255"):
         index.read(index.frames[0])

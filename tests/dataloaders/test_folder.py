@@ -144,6 +144,7 @@ def test_camvid_split_by_block(real_data, subset_column):
     clip = [f for f in frames if sequence(f) == "0016E5" and 7959 <= number(f) <= 8160]
     assert {frame.split for frame in clip} == {"train"} and len({frame.block for frame in clip}) == 1
     assert len(clip) == 71
+    assert all(frame.scene == frame.block for frame in frames)  # what train and test must not share
     assert index.classes[0] == "Sky" and index.num_classes == 11
     _, labels, _ = index.read(frames[0])
     assert set(np.unique(labels)) <= {*range(11), 255}

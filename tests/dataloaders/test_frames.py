@@ -92,6 +92,8 @@ def test_read_returns_rgb_and_refuses_another_size_naming_both_files(tmp_path):
         UserError, match=r"a\.png is 6x5 and its label .*a_ids\.png is 6x4; allowed: the same"
     ):
         index.read(frame)
+    with pytest.raises(UserError, match=r"a\.png is 6x5 and its label .*a_ids\.png is 6x4; allowed: 6x4"):
+        replace(index, frame_size=(4, 6)).read(frame)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])

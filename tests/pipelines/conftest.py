@@ -76,7 +76,7 @@ def gate_config(folder: Path, data: Path, name: str, **gate) -> dict:
 
 
 def write_yaml(path: Path, config: dict) -> Path:
-    path.write_text(yaml.safe_dump(config))
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 
 

@@ -1,0 +1,221 @@
+"""report.html: one self-contained page about finished evaluations and the runs behind them."""
+
+import base64
+import glob
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from engine.config import UserError
+from engine.runs import atomic_write
+from evaluation.formats import number, percent
+from evaluation.results import KINDS, Results
+from evaluation.tables import COSTS, FEW_IMAGES, header_lines
+from metrics.confusion import iou_per_class
+from reports import charts
+from reports.findings import chosen_gate, findings, main_subset
+from reports.folders import Folder, commands, environments, open_folder, run_row
+
+TEMPLATES = Path(__file__).parent / "templates"
+GENERATED = ("roadscenes",)  # data sets that a program drew
+COMPARED = ("baseline", "expert", "ensemble", "gate")  # kinds that the best of a column is picked from
+
+
+def write_report(
+    evaluations: Sequence[str | Path], runs: Sequence[str | Path], out: str | Path, title: str = ""
+) -> None:
+    """Writes the page. `evaluations`: folders with per_image.npz, tables and overlays; `runs`: run folders of
+    the trainings (progress, configs); `title`: by default the name of the folder that `out` lies in.
+
+    Raises UserError for an evaluation folder that is missing, incomplete or damaged."""
+    out = Path(out)
+    folders = [open_folder(Path(run)) for run in runs]
+    parts = [_evaluation_part(open_folder(Path(evaluation))) for evaluation in evaluations]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    experts = [name for part in parts for name in part["results"].names("expert")]
+    page = environment.get_template("report.html").render(
+        title=title or out.resolve().parent.name,
+        parts=parts,
+        datasets=sorted({part["results"].protocol.dataset for part in parts}),
+        generated=any(part["results"].protocol.dataset in GENERATED for part in parts),
+        progress=_progress(folders, experts),
+        runs=[run_row(folder) for folder in folders],
+        commands=commands(folders),
+        configs=[folder for folder in [*folders, *(part["folder"] for part in parts)] if folder.config_text],
+        environments=environments(folders),
+        few_images=FEW_IMAGES,
+    )
+    atomic_write(out, page.encode())
+
+
+def _evaluation_part(folder: Folder) -> dict:
+    """Everything that the template says about one evaluation."""
+    results = Results.load(folder.path / "per_image.npz")
+    matrix = folder.table("matrix.csv")
+    if not matrix:
+        raise UserError(f"{folder.path / 'matrix.csv'}: missing; evaluate again with --overwrite")
+    subsets = [column[len("miou_common_") :] for column in matrix[0] if column.startswith("miou_common_")]
+    members = [subset for subset in subsets if subset != "all"]
+    gate = chosen_gate(results)
+    classwise = [name for name in results.names("gate") if results.weights[name].shape[2] > 1]
+    by_class = gate if gate in classwise else next(iter(classwise), "")
+    return {
+        "folder": folder,
+        "results": results,
+        "subsets": subsets,
+        "main": main_subset(subsets),
+        "header": header_lines(results, subsets),
+        "counted": {subset: _same_count(results, subset) for subset in subsets},
+        "tiles": _tiles(results, subsets),
+        "findings": findings(results, subsets),
+        "groups": _groups(results, subsets, matrix),
+        "ceilings": results.names("ceiling"),
+        "classes": _class_rows(results, main_subset(subsets)),
+        "class_models": results.names(*COMPARED),
+        "gates": _gate_rows(folder.table("gate.csv")),
+        "gate_experts": list(dict.fromkeys(row["expert"] for row in folder.table("gate.csv"))),
+        "heatmap": _embed(charts.matrix_heatmap(results, subsets)),
+        "histograms": _embed(charts.gate_histograms(results, members)) if gate else "",
+        "by_class": by_class,
+        "by_class_chart": _embed(charts.gate_by_class(results, by_class, members)) if by_class else "",
+        "overlays": _overlays(folder.path / "overlays", members),
+    }
+
+
+def _tiles(results: Results, subsets: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(figure, what it is, whose it is) of the most important rows on the main subset."""
+    subset, tiles = main_subset(subsets), []
+    for kind, label in (
+        ("gate", "MoE"),
+        ("expert", "best expert"),
+        ("baseline", "best baseline"),
+        ("ensemble", "best ensemble"),
+    ):
+        names = results.names(kind)
+        if names:
+            name = (
+                chosen_gate(results)
+                if kind == "gate"
+                else max(names, key=lambda row: results.miou(row, subset))
+            )
+            tiles.append((percent(results.miou(name, subset)), label, name))
+    return tiles
+
+
+def _groups(
+    results: Results, subsets: Sequence[str], matrix: list[dict[str, str]]
+) -> list[tuple[str, list[dict]]]:
+    """Rows of the matrix by kind; each cell with its text, its marks and the number of classes counted."""
+    known = {row["model"]: row for row in matrix}
+    value = {
+        (name, column): float(row[column]) if row[column] else math.nan
+        for name, row in known.items()
+        for column in row
+        if column.startswith("miou_")
+    }
+    groups = []
+    for kind in KINDS:
+        rows = []
+        for name in results.names(kind):
+            cells = []
+            for prefix in ("miou_", "miou_common_"):
+                for subset in subsets:
+                    column = prefix + subset
+                    rivals = [value[other, column] for other in results.names(*COMPARED)]
+                    best = kind in COMPARED and value[name, column] == max(rivals)
+                    told = prefix == "miou_common_" or _same_count(results, subset) is not None
+                    counted = None if told else results.counted(name, subset)
+                    cells.append({
+                        "text": percent(value[name, column]),
+                        "counted": None if math.isnan(value[name, column]) else counted,
+                        "marks": " ".join(filter(None, ["best" * best, _place(results, name, subset)])),
+                    })  # fmt: skip
+            costs = [known[name][cost] for cost in COSTS[:-1]]
+            rows.append(
+                {
+                    "name": name,
+                    "cells": cells,
+                    "costs": [_cost(cost) for cost in costs],
+                    "note": known[name]["note"],
+                }
+            )
+        if rows:
+            groups.append((kind, rows))
+    return groups
+
+
+def _same_count(results: Results, subset: str) -> int | None:
+    """Number of classes in the mean, where it is the same for every row; else each cell tells its own."""
+    counts = {results.counted(name, subset) for name in results.names() if results.defined(name, subset)}
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _place(results: Results, name: str, subset: str) -> str:
+    """Whether an expert is at home on a subset, or on another expert's home."""
+    row = results.row(name)
+    if row.kind != "expert" or subset not in results.protocol.training_subsets:
+        return ""
+    return "home" if subset in row.home else "abroad"
+
+
+def _class_rows(results: Results, subset: str) -> list[dict]:
+    """IoU of each class on a subset, the best of a line marked; classes without ground truth are left out."""
+    images = results.present(subset).tolist()
+    columns = [iou_per_class(results.total(name, subset)) for name in results.names(*COMPARED)]
+    rows = []
+    for index, name in enumerate(results.protocol.classes):
+        if images[index]:
+            values = [float(column[index]) for column in columns]
+            cells = [(percent(value), value == max(values) > 0) for value in values]
+            rows.append(
+                {"name": name, "images": images[index], "few": images[index] < FEW_IMAGES, "cells": cells}
+            )
+    return rows
+
+
+def _gate_rows(table: list[dict[str, str]]) -> list[dict]:
+    """One line per gate and subset with the weights of its experts, from the lines of gate.csv for images."""
+    lines: dict[tuple[str, str], dict] = {}
+    for row in table:
+        if not row["class"]:
+            line = lines.setdefault((row["model"], row["subset"]), {**row, "weights": {}})
+            line["weights"][row["expert"]] = f"{float(row['mean']):.2f} ± {float(row['std']):.2f}"
+    return list(lines.values())
+
+
+def _overlays(folder: Path, subsets: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(subset, frame, picture) of the files <subset>_<frame>.png, in the order of the subsets."""
+    found = []
+    for subset in subsets:
+        others = [other for other in subsets if len(other) > len(subset) and other.startswith(f"{subset}_")]
+        for path in sorted(folder.glob(f"{glob.escape(subset)}_*.png")):
+            if not any(path.name.startswith(f"{other}_") for other in others):
+                found.append((subset, path.stem[len(subset) + 1 :], _embed(path.read_bytes())))
+    return found
+
+
+def _cost(text: str) -> str:
+    """A count or GMACs as people read them: 8.91 M, 2.45, 16 000."""
+    if not text:
+        return "-"
+    value = float(text)
+    return f"{value / 1e6:.2f} M" if value >= 1e6 else number(int(value) if "." not in text else value)
+
+
+def _progress(folders: Sequence[Folder], experts: Sequence[str]) -> str:
+    """The chart of all trainings that have left rows, "" where there is none."""
+    runs = [
+        charts.Run(folder.name, bool(folder.config.get("gate")), tuple(rows))
+        for folder in folders
+        if (rows := folder.table("metrics.csv"))
+    ]
+    return _embed(charts.progress(runs, experts)) if runs else ""
+
+
+def _embed(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()

@@ -1,0 +1,155 @@
+"""Stages run when something they depend on changed, and never otherwise."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from engine.config import UserError, load
+from pipelines import stages as module
+from pipelines.cli import Options
+from tests.pipelines.conftest import expert_config, gate_config, write_yaml
+
+
+@pytest.fixture
+def folder(tmp_path, workshop):
+    """A pipeline of one expert pair, a gate and an evaluation, with the experts' files as stage configs."""
+    data = shutil.copytree(workshop.data, tmp_path / "data")
+    expert = expert_config(tmp_path, data, "expert", ["day"])
+    expert["train"]["epochs"] = 1
+    write_yaml(tmp_path / "expert.yaml", expert)
+    gate = gate_config(tmp_path, data, "gate")
+    gate["train"]["epochs"] = 1
+    write_yaml(tmp_path / "gate.yaml", gate)
+    shared = {key: expert[key] for key in ("name", "data", "evaluate")}
+    write_yaml(tmp_path / "evaluation.yaml", {**shared, "experts": {"day": "x", "night": "y"}, "ensembles": ["mean"]})
+    experts = {"day": "@day", "night": "@night"}
+    pipeline = {
+        "name": "line",
+        "output": str(tmp_path / "runs"),
+        "report": False,
+        "stages": {
+            "day": {"config": "expert.yaml"},
+            "night": {"config": "expert.yaml", "set": {"data.subsets": ["night"], "train.seed": 7}},
+            "gate": {"config": "gate.yaml", "set": {"experts": experts}},
+            "evaluation": {"config": "evaluation.yaml", "set": {"experts": experts, "gates": {"gate": "@gate"}}},
+        },
+    }
+    write_yaml(tmp_path / "pipeline.yaml", pipeline)
+    return tmp_path
+
+
+def run(folder, *overrides, **options):
+    module.run(load(folder / "pipeline.yaml", overrides), Options(device="cpu", **options))
+
+
+def ran(capsys) -> list[str]:
+    """Names of the stages that were not skipped."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    return [line.split("] ")[1].split(":")[0] for line in lines if not line.endswith("done already")]
+
+
+def change(file, key, value) -> None:
+    config = yaml.safe_load(file.read_text())
+    section, name = key.split(".")
+    config[section][name] = value
+    write_yaml(file, config)
+
+
+def test_life_of_a_pipeline(folder, capsys):
+    """One story, since each step takes seconds: run, skip, change, why, tamper, force, other data."""
+    run(folder)
+    assert ran(capsys) == ["day", "night", "gate", "evaluation"]
+    evaluation = folder / "runs/line/evaluation/evaluation/test"
+    assert (evaluation / "results.csv").exists()
+
+    run(folder)
+    assert ran(capsys) == []
+
+    change(folder / "gate.yaml", "gate.hidden", 4)
+    run(folder, why=True)
+    told = capsys.readouterr().out
+    assert "day: done" in told and "gate.hidden changed from 8 to 4" in told and "gate runs before it" in told
+    run(folder)
+    assert ran(capsys) == ["gate", "evaluation"]
+
+    change(folder / "expert.yaml", "data.cache_dir", str(folder / "elsewhere"))
+    run(folder)
+    assert ran(capsys) == []  # where the cache lies changes no result
+
+    (folder / "runs/line/night/checkpoints/best.safetensors").unlink()
+    run(folder, status=True)
+    assert "night: to run" in capsys.readouterr().out
+    run(folder)
+    assert ran(capsys) == ["night"]  # trained again to the same bytes, so what stands on it is still right
+
+    run(folder, force="evaluation")
+    assert ran(capsys) == ["evaluation"]
+
+    run(folder, only="gate")
+    assert ran(capsys) == []
+
+    shutil.copy(folder / "data/labels/day_train_0.png", folder / "data/labels/day_train_1.png")
+    image = folder / "data/images/day_train_1.png"
+    image.write_bytes((folder / "data/images/night_train_1.png").read_bytes())
+    run(folder, why=True)
+    assert "data changed" in capsys.readouterr().out
+
+
+def test_interrupted_stage_goes_on_where_it_stopped(folder, capsys, monkeypatch):
+    from pipelines import segmentation
+
+    train = segmentation.train
+    calls = []
+
+    def killed(config, options):
+        calls.append(options.resume)
+        if len(calls) == 1:
+            train(config, options)
+            raise KeyboardInterrupt
+        return train(config, options)
+
+    monkeypatch.setattr(segmentation, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, only="day")
+    run(folder, only="day")
+    assert calls == [False, True]
+
+
+def test_seed_shifts_every_training_and_its_own_offsets_stay(folder):
+    plain = module.build_stages(load(folder / "pipeline.yaml"))
+    shifted = module.build_stages(load(folder / "pipeline.yaml", ["seed=10"]))
+    assert [shifted[name].config.train.seed - plain[name].config.train.seed for name in ("day", "night", "gate")] == [10] * 3
+    assert plain["night"].config.train.seed == 7
+
+
+def test_shared_settings_reach_every_stage_but_training_ones_only_those_that_train(folder):
+    config = load(folder / "pipeline.yaml", ["set={train.batch_size: 2, data.image_size: [16, 16]}"])
+    built = module.build_stages(config)
+    assert {stage.config.data.image_size for stage in built.values()} == {(16, 16)}
+    assert built["gate"].config.train.batch_size == 2
+
+
+def test_missing_weights_are_told_by_stage_and_role(folder):
+    with pytest.raises(UserError, match="stage gate needs the weights of day"):
+        run(folder, only="gate")
+
+
+def test_unknown_stage_is_told_with_those_there_are(folder):
+    with pytest.raises(UserError, match="--only gates: there is no such stage.*day, night, gate, evaluation"):
+        run(folder, only="gates")
+
+
+def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch):
+    stage = module.build_stages(load(folder / "pipeline.yaml"))["day"]
+    before = module.ingredients_of(stage)
+    monkeypatch.setitem(module.VERSIONS, "train", 99)
+    assert module.changes(before, module.ingredients_of(stage)) == [f"version changed from {before['version']} to 99"]
+
+
+def test_records_survive_as_json(folder):
+    records = module.Records(folder / "stages.json")
+    records.write("day", {"key": "a", "done": True})
+    assert module.Records(folder / "stages.json").read("day") == {"key": "a", "done": True}
+    assert json.loads((folder / "stages.json").read_text())
