@@ -55,7 +55,8 @@ def main() -> None:
         f"{options.batch} x {options.size[0]}x{options.size[1]}",
         ("way", "seconds", "speed-up"),
         [(name, f"{value:.2f}", f"{slowest / value:.1f}") for name, value in seconds.items()],
-        f"Forward, cross-entropy, backward, SGD step of the gate; median of {options.repeats} interleaved rounds. "
+        f"Forward, cross-entropy, backward, SGD step of the gate; median of {options.repeats} interleaved rounds, "
+        f"{torch.get_num_threads()} threads. "
         f"Expert logits in bfloat16 differ from float32 by {difference:.1%} of their deviation (root mean square), "
         f"decisions of the mixture agree on {agreement:.1%} of the pixels.",
         options.out,
@@ -64,7 +65,10 @@ def main() -> None:
 
 def mixture(backbone: str, gate: type) -> MixtureOfExperts:
     """Two experts with different weights and with BatchNorm statistics of noise, so that signals keep their size."""
-    experts = {name: DeepLabV3Plus(NUM_CLASSES, backbone=backbone, pretrained="none") for name in ("highway", "urban")}
+    experts = {
+        name: DeepLabV3Plus(NUM_CLASSES, backbone=backbone, pretrained="none")
+        for name in ("highway", "urban")
+    }
     with torch.no_grad():
         for expert in experts.values():
             for _ in range(3):
@@ -93,9 +97,13 @@ def compare(exact: MixtureOfExperts, ours: MixtureOfExperts, images: torch.Tenso
     expected = exact.inspect(images)
     with torch.autocast("cpu", torch.bfloat16):
         got = ours.inspect(images.to(memory_format=torch.channels_last))
-    difference = (got.expert_logits - expected.expert_logits).square().mean().sqrt() / expected.expert_logits.std()
+    difference = (
+        got.expert_logits - expected.expert_logits
+    ).square().mean().sqrt() / expected.expert_logits.std()
     if difference > 0.1:
-        raise SystemExit(f"the two ways compute different logits, apart by {difference:.0%} of their deviation")
+        raise SystemExit(
+            f"the two ways compute different logits, apart by {difference:.0%} of their deviation"
+        )
     return difference.item(), (got.logits.argmax(1) == expected.logits.argmax(1)).float().mean().item()
 
 

@@ -32,6 +32,7 @@ from dataloaders.scene_layouts import SUBSETS, paint_frame
 from dataloaders.scene_painter import CLASS_BITS
 from engine.config import NonNegativeInt, PositiveInt, Size, UserError
 
+GENERATOR = "roadscenes"
 VERSION = 1  # raise it whenever the same parameters would give other bytes
 STAMP = "roadscenes.json"
 OWN = re.compile(r"2000\d{4}_\d{6}|splits|class_list\.json|" + re.escape(STAMP))
@@ -64,10 +65,13 @@ def roadscenes(
     seed: every frame follows from the seed, its scene and its place in the scene alone.
 
     Raises UserError for a folder that holds anything else, and for one that can't be written."""
-    counts = {(subset, split): count for split, count in zip(SPLITS, (train, gate, val, test), strict=True)
-              for subset in ("highway", "urban")}  # fmt: skip
+    counts = {
+        (subset, split): count
+        for split, count in zip(SPLITS, (train, gate, val, test), strict=True)
+        for subset in ("highway", "urban")
+    }
     plan = Plan(seed, tuple(size), {**counts, ("ambiguous", "test"): ambiguous})
-    folder = Path(root)
+    folder = Path(root).resolve()  # of a link, the target is replaced
     if read_stamp(folder) != plan.stamp:
         check_replaceable(folder)
         try:
@@ -93,7 +97,7 @@ class Plan:
         """All that the files depend on."""
         counts = {f"{subset}_{split}": count for (subset, split), count in self.counts.items()}
         return {
-            "generator": "roadscenes",
+            "generator": GENERATOR,
             "version": VERSION,
             "seed": self.seed,
             "size": list(self.size),
@@ -120,12 +124,9 @@ class SceneJob:
 
     @property
     def key(self) -> tuple[int, ...]:
-        return (
-            self.seed,
-            list(SUBSETS).index(self.subset) + 1,
-            SPLITS.index(self.split) + 1,
-            self.number + 1,
-        )
+        """What all randomness of the scene follows from; none is 0, which would count as missing."""
+        subset, split = list(SUBSETS).index(self.subset), SPLITS.index(self.split)
+        return self.seed, subset + 1, split + 1, self.number + 1
 
     @property
     def entries(self) -> list[Entry]:
@@ -139,14 +140,12 @@ class SceneJob:
         """Images and labels, both uint8 [H, W, 3] RGB."""
         scene = SUBSETS[self.subset](np.random.default_rng(self.key))
         for frame in range(self.frames):
-            image, values = paint_frame(
-                scene, frame, self.size, np.random.default_rng((*self.key, frame + 1))
-            )
+            sensor = np.random.default_rng((*self.key, frame + 1))
+            image, values = paint_frame(scene, frame, self.size, sensor)
             yield image, label_colours()[values]
 
     def write(self, folder: Path) -> int:
         """Writes the frames below `folder` and gives their number."""
-        cv2.setNumThreads(1)
         for entry, pictures in zip(self.entries, self.paint(), strict=True):
             for kind, picture in zip(("camera", "label"), pictures, strict=True):
                 path = folder / entry.path(kind)
@@ -197,18 +196,20 @@ def write_scenes(jobs: Sequence[SceneJob], folder: Path) -> None:
         if total > 100:
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-            pool = stack.enter_context(ProcessPoolExecutor(cores, context))
+            pool = ProcessPoolExecutor(cores, context, initializer=cv2.setNumThreads, initargs=(1,))
+            stack.callback(pool.shutdown, cancel_futures=True)
             written = pool.map(SceneJob.write, jobs, [folder] * len(jobs), chunksize=4)
         for _ in progress((frame for frames in written for frame in range(frames)), total, "roadscenes"):
             pass
 
 
 def read_stamp(folder: Path) -> dict | None:
-    """What the folder was generated with, None where it has no readable stamp."""
+    """What the folder was generated with, None where it has no readable stamp of this generator."""
     try:
-        return json.loads((folder / STAMP).read_text(encoding="utf-8"))
+        stamp = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return stamp if isinstance(stamp, dict) and stamp.get("generator") == GENERATOR else None
 
 
 def check_replaceable(folder: Path) -> None:

@@ -35,7 +35,7 @@ COATS = ((160, 40, 50), (40, 50, 90), (60, 60, 64), (210, 200, 190), (70, 110, 8
 class Thing:
     """Something on the road: `draw(canvas, x, z)` paints it.
 
-    Among the vehicles of the own carriageway (`on_road`) distance decides what hides what; elsewhere it is the
+    Among the vehicles of the own carriageway (`on_road`) what is nearer hides the rest; elsewhere it is the
     distance from the driven lane, since a ray from the camera meets what stands farther out later."""
 
     x: float
@@ -48,29 +48,36 @@ class Thing:
 
 @dataclass
 class Scene:
-    """A stretch of road with its weather, and the drive along it. `random` serves the layout only."""
+    """A stretch of road with its weather, and the drive along it.
+
+    `random` serves the layout only; `steps` is the range of metres that the camera moves a frame, `bend` the
+    largest curvature in 1/m, `hills` the range of the hills on the horizon, share of the height."""
 
     random: np.random.Generator
-    step: float  # metres the camera moves a frame
-    curvature: float  # 1/m
-    hill: float  # height of wooded hills on the horizon, share of the height
-    light: Light = field(init=False)
+    steps: tuple[float, float]
+    bend: float
+    hills: tuple[float, float]
     strips: list[Strip] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     things: list[Thing] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Light, weather and camera come from the same distributions whatever the road."""
-        self.light = draw_light(self.random)
+        """Light, weather and camera come first, so that they have nothing to do with the road."""
+        self.light: Light = draw_light(self.random)
         self.horizon = self.random.uniform(0.42, 0.5)
         self.camera_x = self.random.uniform(-0.4, 0.4)
         self.hill_colour = self.vary((70, 96, 66), 20)
+        self.step = self.random.uniform(*self.steps)
+        self.curvature = self.random.uniform(-self.bend, self.bend)
+        self.hill = self.random.uniform(*self.hills)
         self.reach = VIEW + FRAMES_PER_SCENE * self.step  # how far the road has to be furnished
 
     def add(
         self, draw: Callable, x: float, z: float, *, speed: float = 0.0, on_road: bool = False, **look
     ) -> None:
-        self.things.append(Thing(float(x), float(z), partial(draw, **look), look.get("length", 12.0), speed, on_road))
+        self.things.append(
+            Thing(float(x), float(z), partial(draw, **look), look.get("length", 12.0), speed, on_road)
+        )
 
     def add_row(self, draw: Callable, x: float, start: float, end: float, every: float, **look) -> None:
         """Pieces that join: each begins where the one before it ends."""
@@ -136,7 +143,7 @@ def barns(scene: Scene, x: float) -> None:
 
 
 def fronts(scene: Scene, x: float, gap: float, low: float, high: float) -> None:
-    """Houses `low` to `high` metres tall along the road at x, `gap` of them left out; glass mirrors the sky."""
+    """Houses `low` to `high` metres tall along the road, `gap` of them left out; glass mirrors the sky."""
     sky = 0.45 * np.array(scene.light.sky_top) + 0.55 * np.array(scene.light.haze_colour)
     z = scene.random.uniform(-20, -8)
     while z < scene.reach:
@@ -194,7 +201,7 @@ def parked(scene: Scene, x: float) -> None:
 def traffic(
     scene: Scene, x: float, oncoming: bool, gaps: tuple[float, float], lorry: Callable, share: float
 ) -> None:
-    """Vehicles in the lane at x, `gaps` metres apart; `share` of them are lorries (or buses, as `lorry` says)."""
+    """Vehicles in the lane at x, `gaps` metres apart; `share` of them are painted by `lorry`."""
     for z in scene.places(*gaps, start=10):
         look = {"variant": scene.variant(), "oncoming": oncoming}
         speed = -scene.random.uniform(3, 6) if oncoming else scene.step + scene.random.uniform(-0.5, 0.5)

@@ -3,7 +3,7 @@
 Look and meaning disagree between highway and urban on purpose: light concrete is the road of a highway, but
 the pavement or a traffic island in town; dark asphalt the shoulder of a highway, but the road in town; a wall
 with panes a noise barrier or a house front; a steel band a guard rail or a railing; a white strip an edge
-line or a kerb; a blue board a sign or advertising; pale blue the sky or glass. The whole scene tells which."""
+line or a kerb; a blue board a sign or advertising; pale blue sky or glass. The whole scene tells which."""
 
 import numpy as np
 
@@ -46,8 +46,8 @@ SOLID, DASHED = ID["Solid line"], ID["Dashed line"]
 
 
 def highway(random: np.random.Generator) -> Scene:
-    """A wide carriageway of light concrete: shoulder, guard rails, verges, noise barriers, sheds, much sky."""
-    scene = Scene(random, random.uniform(8, 13), random.uniform(-0.002, 0.002), random.uniform(0.02, 0.16))
+    """A wide carriageway of light concrete: shoulder, guard rails, verges, noise barriers, much sky."""
+    scene = Scene(random, steps=(8, 13), bend=0.002, hills=(0.02, 0.16))
     lane = 3.6
     right = lane * (0.5 + random.integers(0, 3))  # edges of the own carriageway
     left = -lane * (0.5 + random.integers(0 if right > lane else 1, 3))
@@ -121,7 +121,7 @@ def highway(random: np.random.Generator) -> Scene:
 
 def urban(random: np.random.Generator) -> Scene:
     """A narrow street of dark asphalt between house fronts, with pavements, parked cars and people."""
-    scene = Scene(random, random.uniform(3.5, 7), random.uniform(-0.001, 0.001), 0.0)
+    scene = Scene(random, steps=(3.5, 7), bend=0.001, hills=(0, 0))
     lane = random.uniform(2.9, 3.3)
     island = random.uniform(1.2, 2.6) * scene.chance(0.55)
     bay_right, bay_left = 2.1 * scene.chance(0.6), 2.1 * scene.chance(0.6)
@@ -177,7 +177,7 @@ def urban(random: np.random.Generator) -> Scene:
 
 
 def pavement(scene: Scene, kerb: float, out: int) -> None:
-    """People, trees, lamps and whatever keeps cars off a pavement; `out` is 1 on the right, -1 on the left."""
+    """People, trees, lamps and whatever keeps cars off a pavement; `out`: 1 on the right, -1 on the left."""
     if scene.chance(0.55):
         leaves = (scene.pick(AUTUMN),)
         for z in scene.places(9, 18):
@@ -205,8 +205,8 @@ def pavement(scene: Scene, kerb: float, out: int) -> None:
 
 
 def ambiguous(random: np.random.Generator) -> Scene:
-    """An arterial road in the suburbs: two lanes a side, guard rail and kerb, houses behind verge and hedge."""
-    scene = Scene(random, random.uniform(6, 10), random.uniform(-0.0015, 0.0015), random.uniform(0.0, 0.1))
+    """An arterial road in the suburbs: two lanes a side, guard rail, kerb, houses behind verge and hedge."""
+    scene = Scene(random, steps=(6, 10), bend=0.0015, hills=(0, 0.1))
     lane = 3.3
     right, left = lane * (0.5 + random.integers(0, 2)), -lane * (0.5 + random.integers(0, 2))
     far_edge = left - 0.5 - random.uniform(1.5, 3)

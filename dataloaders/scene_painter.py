@@ -149,7 +149,9 @@ class Canvas:
         if paint is not None:
             cv2.fillPoly(self.labels, points, paint, cv2.LINE_8, SUBPIXEL_BITS)
 
-    def disc(self, x: float, y: float, z: float, radius: float, colour: Colour, paint: int | None = None) -> None:
+    def disc(
+        self, x: float, y: float, z: float, radius: float, colour: Colour, paint: int | None = None
+    ) -> None:
         """A circle that faces the camera. Not painted behind the near plane."""
         if z < self.camera_z + NEAR:
             return
@@ -204,7 +206,7 @@ class Canvas:
         return a, b
 
     def ground_patch(
-        self, x0: float, x1: float, z0: float, z1: float, colour: Colour, paint: int | None
+        self, x0: float, x1: float, z0: float, z1: float, colour: Colour, paint: int | None = None
     ) -> None:
         """A rectangle lying on the road."""
         z0 = max(z0, self.camera_z + NEAR)

@@ -41,7 +41,7 @@ def car(
 ) -> None:
     """A car of 1.8 x 4.3 m from behind, or from the front when it is oncoming."""
     paint, waist = CAR + 64 * variant, 0.58 * height
-    front, back = (1.3, 4.0) if oncoming else (0.9, 3.6)  # ends of the cabin, from the face towards the camera
+    front, back = (1.3, 4.0) if oncoming else (0.9, 3.6)  # ends of the cabin behind the face
     canvas.ground_patch(x - 1.0, x + 1.0, z - 0.2, z + 4.3, DARK)
     wheels(canvas, x, z, (0.75, 3.3), 0.33, paint)
     box(canvas, x, z, 1.8, 4.3, 0.28, waist, colour, paint)

@@ -61,8 +61,7 @@ def ohem(
 
     def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         losses = _pixel_losses(logits, labels, ignore_index)  # [B, N]
-        labelled = labels.reshape(labels.shape[0], -1) != ignore_index
-        available = labelled.sum(1)  # [B]
+        available = (labels.reshape(labels.shape[0], -1) != ignore_index).sum(1)  # [B]
         if pixels is None:
             kept = (available.double() * share).round().long().clamp_min(1)
             largest = max(1, round(losses.shape[1] * share))
@@ -72,10 +71,9 @@ def ohem(
         with (
             torch.no_grad()
         ):  # the K-th worst loss of each image, then a weight a pixel: no scatter, so CUDA is exact
-            candidates = losses.masked_fill(~labelled, -1)
-            worst = candidates.topk(largest, dim=1).values
+            worst = losses.topk(largest, dim=1).values
             threshold = worst.gather(1, kept[:, None] - 1)  # [B, 1]
-            above, ties = candidates > threshold, (candidates == threshold) & labelled
+            above, ties = losses > threshold, losses == threshold
             left = (kept - above.sum(1))[:, None] / ties.sum(1, keepdim=True).clamp_min(1)
             chosen = above + ties * left
         return ((losses * chosen).sum(1) / kept).sum(), (available > 0).sum()

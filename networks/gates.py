@@ -40,14 +40,14 @@ class ClasswiseGate(nn.Module):
         super().__init__()
         self.grid = tuple(grid)
         self.conv = nn.Conv2d(in_channels, num_classes * width, 3, padding=1)
-        # above the spread that random weights give to the mean activation: no channel is dead from the start
-        nn.init.ones_(self.conv.bias)
+        # above the spread that random weights give to a channel's mean: none is dead from the start
+        nn.init.constant_(self.conv.bias, 0.5)
         inputs = width * self.grid[0] * self.grid[1]
         bound = inputs**-0.5  # as nn.Linear
         self.hidden_weight = nn.Parameter(torch.empty(num_classes, inputs, hidden).uniform_(-bound, bound))
         self.hidden_bias = nn.Parameter(torch.empty(num_classes, hidden).uniform_(-bound, bound))
-        # small but not zero: nearly equal weights, and a gradient for the layers before
-        self.expert_weight = nn.Parameter(torch.empty(num_classes, hidden, num_experts).normal_(std=0.01))
+        # nearly equal weights at first; smaller still, class-wise gates hardly start to learn in 60 steps
+        self.expert_weight = nn.Parameter(torch.empty(num_classes, hidden, num_experts).normal_(std=0.1))
         self.expert_bias = nn.Parameter(torch.zeros(num_classes, num_experts))
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from tiny_index import write_index
 from dataloaders import loader
 from dataloaders.frames import IGNORE
 from dataloaders.loader import eval_loader, train_loader
+from dataloaders.transforms import augmentation, augmented
 from engine.config import UserError
 
 SIZE = (16, 20)
@@ -98,6 +99,24 @@ def test_an_epoch_shows_each_frame_once_and_drops_the_rest(data):
 def test_over_the_epochs_no_frame_is_left_out(data):
     batches = training(data, batch_size=3)
     assert len({name for epoch in range(6) for name in names(batches.epoch(epoch))}) == 11
+
+
+def test_a_frame_is_changed_by_its_own_seed(data):
+    batches = training(data, batch_size=3)
+    row = {frame.name: row for row, frame in enumerate(batches.cache.frames)}
+    for batch in batches.epoch(2):
+        for place, frame in enumerate(batch.frames):
+            number = row[frame.name]
+            image, labels = augmented(
+                augmentation(AUGMENT, SIZE),
+                batches.cache.images[number],
+                batches.cache.labels[number],
+                seed=304,
+                epoch=2,
+                index=number,
+            )
+            assert np.array_equal(batch.images[place].permute(1, 2, 0), image)
+            assert np.array_equal(batch.labels[place], labels)
 
 
 def test_the_changes_of_a_frame_differ_between_epochs(data):

@@ -1,0 +1,141 @@
+"""The page holds the numbers of its folders, is self-contained, and stands whatever rows there are."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from engine.config import UserError
+from evaluation.tables import Cost, write_tables
+from reports.report import write_report
+
+
+def evaluation_folder(folder, results, **options):
+    results.save(folder / "per_image.npz")
+    write_tables(folder, results, **options)
+    return folder
+
+
+def run_folder(folder, gate=False):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(
+        f"name: demo/{folder.name}\ngate: {'{type: simple}' if gate else 'null'}\n"
+    )
+    columns = "epoch,step,images_seen,loss,lr,miou"
+    (folder / "metrics.csv").write_text(
+        f"{columns}\n1,10,80,2.5,0.1,\n2,20,160,1.5,0.1,0.625\n3,30,240,1.2,0.1,0.5\n"
+    )
+    (folder / "timing.csv").write_text("epoch,seconds,validation_seconds\n1,40,0\n2,40,3.5\n3,40,3\n")
+    environment = {
+        "command": ["/here/train_deeplab.py", "configs/a b.yaml"],
+        "git": {"commit": "c" * 40, "dirty": True},
+    }
+    (folder / "environment.json").write_text(json.dumps(environment))
+    return folder
+
+
+class Page(HTMLParser):
+    """Text, tables (rows of cells with their classes) and everything that points somewhere."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.words, self.rows, self.links, self.open = [], [], [], []
+        self.feed(path.read_text())
+        self.text = re.sub(r"\s+", " ", " ".join(self.words))
+
+    def handle_starttag(self, tag, attrs):
+        self.open.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "data")]
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append(["", dict(attrs).get("class") or ""])
+
+    def handle_data(self, data):
+        if "style" not in self.open[-1:]:
+            self.words.append(data)
+        if self.rows and self.rows[-1] and {"td", "th"} & set(self.open[-2:]):
+            self.rows[-1][-1][0] += data
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def row(self, name):
+        return next(row for row in self.rows if row and row[0][0].strip() == name)
+
+
+def test_the_matrix_with_its_marks(tmp_path, results_of):
+    costs = {"moe_simple": Cost(8_912_345, 112_345, 2.449, 18000, 2300)}
+    folder = evaluation_folder(
+        tmp_path / "eval", results_of(), costs=costs, dead_shares={"moe_simple": 0.125}
+    )
+    write_report([folder], [], tmp_path / "demo" / "report.html")
+    page = Page(tmp_path / "demo" / "report.html")
+    expert = page.row("highway")
+    assert [cell for cell, _ in expert[1:5]] == ["81.82", "33.33", "53.85", "33.33"]
+    assert "home" in expert[1][1] and "best" in expert[1][1]
+    assert "abroad" in expert[2][1] and "best" not in expert[2][1]
+    assert "home" not in expert[3][1] + expert[4][1] and "abroad" not in expert[3][1] + expert[4][1]
+    assert [cell for cell, _ in page.row("true subset")[1:5]] == ["81.82", "81.82", "81.82", "-"]
+    assert not any("best" in marks for _, marks in page.row("best gate, simple"))
+    assert [cell for cell, _ in page.row("moe_simple")[9:]] == [
+        "8.91 M",
+        "112 345",
+        "2.45",
+        "18 000",
+        "2 300",
+    ]
+    assert "12.5 %" in page.text and "0.90 ± 0.00" in page.text
+    assert "On highway the highway expert is 48.48 points above the urban expert." in page.text
+    assert "demo" in page.text and "no evidence about real roads" in page.text
+
+
+def test_the_page_is_self_contained_and_real_data_get_no_warning(tmp_path, results_of):
+    folder = evaluation_folder(tmp_path / "eval", results_of(dataset="camvid"))
+    (folder / "overlays").mkdir()
+    for name in ("urban_b.png", "highway_a.png"):
+        (folder / "overlays" / name).write_bytes(b"\x89PNG" + name.encode())
+    write_report(
+        [folder],
+        [run_folder(tmp_path / "one"), run_folder(tmp_path / "two", gate=True)],
+        tmp_path / "report.html",
+    )
+    page = Page(tmp_path / "report.html")
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert not re.search("https?:|@import|url[(]|<script", (tmp_path / "report.html").read_text())
+    assert "no evidence" not in page.text and "camvid" in page.text
+    assert page.text.index("highway: a") < page.text.index("urban: b")
+
+
+def test_runs_commands_and_configs(tmp_path, results_of):
+    folder = evaluation_folder(tmp_path / "eval", results_of())
+    runs = [run_folder(tmp_path / name) for name in ("highway", "urban")]
+    (tmp_path / "urban" / "metrics.csv").unlink()
+    write_report([folder], runs, tmp_path / "report.html", title="A <b>bold</b> title")
+    page = Page(tmp_path / "report.html")
+    (run,) = [row for row in page.rows if len(row) == 7 and row[0][0] == "highway"]
+    assert [cell for cell, _ in run] == ["highway", "3", "30", "240", "62.50", "2", "2:06"]
+    assert page.text.count("python train_deeplab.py 'configs/a b.yaml'") == 1
+    assert "c" * 12 + " with local changes" in page.text
+    assert "name: demo/urban" in page.text and "A <b>bold</b> title" in page.text
+
+
+def test_other_evaluations_than_the_usual_one(tmp_path, results_of):
+    three = evaluation_folder(tmp_path / "three", results_of(experts=("highway", "urban", "fog")))
+    alone = evaluation_folder(tmp_path / "alone", results_of(experts=(), gates=()))
+    no_gate = evaluation_folder(tmp_path / "no_gate", results_of(gates=()), subsets=["fog", "highway"])
+    write_report([three, alone, no_gate], [], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    assert all(name in page.text for name in ("three", "alone", "no_gate", "weight of fog"))
+
+
+def test_missing_folders_are_told_and_nothing_is_written(tmp_path, results_of):
+    with pytest.raises(UserError, match="per_image.npz: no evaluation here"):
+        write_report([tmp_path / "nowhere"], [], tmp_path / "report.html")
+    folder = evaluation_folder(tmp_path / "eval", results_of())
+    (folder / "matrix.csv").unlink()
+    with pytest.raises(UserError, match="matrix.csv: missing"):
+        write_report([folder], [], tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
