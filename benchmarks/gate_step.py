@@ -1,9 +1,10 @@
 """One training step of a gate on two experts: our frozen experts against experts that take gradients.
 
-    python -m benchmarks.gate_step [--backbone resnet101] [--size 480 640] [--batch 2] [--gate classwise] [--out FILE]
+    python -m benchmarks.gate_step [--backbone resnet101] [--size 480 640] [--batch 2] [--gate classwise]
 
-The public way lets weights of the experts require gradients and computes in float32, NCHW. It is measured on our network, which
-runs ASPP once (the public one twice), with BatchNorm in evaluation mode and without updating the experts: all in its favour.
+In the public way the weights of the experts take gradients, and all is computed in float32 and NCHW. It is
+measured on our network, which runs ASPP once (the public one: twice), with BatchNorm in evaluation mode and
+without an update of the experts: all in its favour.
 """
 
 import argparse
@@ -41,7 +42,7 @@ def main() -> None:
     public = copy.deepcopy(frozen)
     public.experts.requires_grad_(True)
     ways = {
-        "experts take gradients, float32, NCHW (public)": step(public, images, labels),
+        "experts take gradients, float32, NCHW": step(public, images, labels),
         "frozen, float32, NCHW": step(frozen, images, labels),
         "frozen, bfloat16, channels_last (ours)": step(
             ours, images.to(memory_format=torch.channels_last), labels, torch.bfloat16
@@ -50,21 +51,22 @@ def main() -> None:
     difference, agreement = compare(frozen, ours, images)
     seconds = medians(side_by_side(ways, options.repeats))
     slowest = next(iter(seconds.values()))
+    height, width = options.size
     report(
-        f"Gate training step, {options.gate} gate, two DeepLabv3+ {options.backbone}, "
-        f"{options.batch} x {options.size[0]}x{options.size[1]}",
+        f"Gate training step: {options.gate} gate, two DeepLabv3+ {options.backbone}, "
+        f"{options.batch} images {height}x{width}",
         ("way", "seconds", "speed-up"),
         [(name, f"{value:.2f}", f"{slowest / value:.1f}") for name, value in seconds.items()],
-        f"Forward, cross-entropy, backward, SGD step of the gate; median of {options.repeats} interleaved rounds, "
-        f"{torch.get_num_threads()} threads. "
-        f"Expert logits in bfloat16 differ from float32 by {difference:.1%} of their deviation (root mean square), "
+        "Forward, cross-entropy, backward, SGD step of the gate; "
+        f"median of {options.repeats} interleaved rounds, {torch.get_num_threads()} threads. "
+        f"Expert logits in bfloat16: {difference:.1%} of their deviation off float32 (root mean square); "
         f"decisions of the mixture agree on {agreement:.1%} of the pixels.",
         options.out,
     )
 
 
 def mixture(backbone: str, gate: type) -> MixtureOfExperts:
-    """Two experts with different weights and with BatchNorm statistics of noise, so that signals keep their size."""
+    """Two experts of different weights, their BatchNorm statistics from noise so that signals don't fade."""
     experts = {
         name: DeepLabV3Plus(NUM_CLASSES, backbone=backbone, pretrained="none")
         for name in ("highway", "urban")
@@ -93,7 +95,7 @@ def step(model: MixtureOfExperts, images, labels, precision: torch.dtype | None 
 
 @torch.no_grad()
 def compare(exact: MixtureOfExperts, ours: MixtureOfExperts, images: torch.Tensor) -> tuple[float, float]:
-    """(difference of the experts' logits, in their deviations; share of pixels that the mixtures decide alike)."""
+    """(difference of the experts' logits in their deviations, share of pixels that the mixtures agree on)."""
     expected = exact.inspect(images)
     with torch.autocast("cpu", torch.bfloat16):
         got = ours.inspect(images.to(memory_format=torch.channels_last))
@@ -104,7 +106,8 @@ def compare(exact: MixtureOfExperts, ours: MixtureOfExperts, images: torch.Tenso
         raise SystemExit(
             f"the two ways compute different logits, apart by {difference:.0%} of their deviation"
         )
-    return difference.item(), (got.logits.argmax(1) == expected.logits.argmax(1)).float().mean().item()
+    agreement = (got.logits.argmax(1) == expected.logits.argmax(1)).float().mean()
+    return difference.item(), agreement.item()
 
 
 if __name__ == "__main__":

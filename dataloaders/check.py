@@ -55,10 +55,7 @@ def check(index: FrameIndex, workers: int | None = None) -> Report:
     Problems: frames listed twice, scenes of train or gate in test, files missing, undecodable, of a wrong
     size or with values out of range, unknown colours. Threads are enough, since decoding runs outside
     Python's lock."""
-    report = Report()
-    report.problems += repeated_frames(index)
-    for problem, places in shared_scenes(index.frames):
-        (report.problems if problem else report.warnings).append(places)
+    report = check_lists(index)
     empty, unreadable, seen_in = [], [], Counter()
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         found = pool.map(lambda frame: examine(index, frame), index.frames)
@@ -80,6 +77,21 @@ def check(index: FrameIndex, workers: int | None = None) -> Report:
         report.problems.append(f"unknown colour {colour}: {pixels} pixels in {frames}, they count as ignored")
     report.problems += unreadable
     return report
+
+
+def check_lists(index: FrameIndex) -> Report:
+    """What can be told without reading a frame: frames listed twice and scenes in several splits."""
+    report = Report(problems=repeated_frames(index))
+    for problem, places in shared_scenes(index.frames):
+        (report.problems if problem else report.warnings).append(places)
+    return report
+
+
+def missing_files(index: FrameIndex) -> list[str]:
+    """One line for the images and labels that are not there."""
+    paths = [path for frame in index.frames for path in (frame.image, frame.label)]
+    missing = [str(path) for path in paths if not path.is_file()]
+    return [f"{many(missing, 'file')} missing: {listed(missing)}"] if missing else []
 
 
 def examine(index: FrameIndex, frame: Frame) -> tuple[np.ndarray | None, Counter, str | None]:

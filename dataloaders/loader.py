@@ -83,7 +83,7 @@ class Batches(Dataset):
 
 
 class TrainOrder:
-    """The samples of each batch of one epoch, from batch `start` on; a sampler without a state of its own."""
+    """The (epoch, row) pairs of each batch of `epoch`, from batch `start` on; nothing else is remembered."""
 
     def __init__(self, length: int, batch_size: int, seed: int):
         self.length = length

@@ -36,7 +36,7 @@ from dataloaders.scene_furniture import (
     signs,
     traffic,
     woods,
-)  # fmt: skip
+)
 from dataloaders.scene_painter import ID, Canvas, Line, Strip, noise_texture
 
 NOISE = noise_texture()

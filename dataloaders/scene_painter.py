@@ -15,9 +15,8 @@ SUPERSAMPLE = (
 NEAR = 1.2  # metres: nothing nearer is painted
 FAR = 240.0
 SUBPIXEL_BITS = 4
-CLASS_BITS = (
-    63  # a label value is a class id (< 64) plus 64 times the number of the colour variant of that class
-)
+WHITE_BALANCE = 0.8  # how far the camera turns the mean colour to grey: 1 is all the way
+CLASS_BITS = 63  # a label value is a class id plus 64 times the number of one of its colour variants
 ID = {category: number for number, (category, _, _) in enumerate(CATEGORIES)}
 
 Colour = Sequence[float]  # (red, green, blue) in [0, 255]
@@ -241,9 +240,8 @@ class Canvas:
         rows = np.arange(first, self.image.shape[0], dtype=np.float32)[:, None] + 0.5
         columns = np.arange(self.image.shape[1], dtype=np.float32)[None] + 0.5
         distance = self.focal * self.camera_height / (rows - self.horizon_row)  # [R, 1]
-        x = (columns - self.middle) * (distance / self.focal) + (
-            self.camera_x - 0.5 * self.curvature * distance**2
-        )
+        bend = 0.5 * self.curvature * distance**2
+        x = (columns - self.middle) * (distance / self.focal) + self.camera_x - bend
         z = distance + self.camera_z
         kind = np.searchsorted(np.float32([strip.right for strip in strips[:-1]]), x)
 
@@ -276,6 +274,8 @@ class Canvas:
         leaves = np.tile(noise, (height // 256 + 1, width // 256 + 1))[:height, :width]
         image += (14 * leaves * ((labels & CLASS_BITS) == ID["Nature object"]))[..., None]
         light = self.light
+        means = image.mean((0, 1))
+        image *= (means.mean() / means) ** WHITE_BALANCE
         image = (image - image.mean()) * light.contrast + 110
         image *= np.float32([1 + light.warmth, 1 + light.tint, 1 - light.warmth])
         for _ in range(light.rain):

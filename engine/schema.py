@@ -248,6 +248,7 @@ class Pipeline(Config):
     output: Text = Field("runs", description="folder of the run folders")
     seed: Int = Field(0, description="added to train.seed of every stage")
     set: dict[Text, Any] = Field(default_factory=dict, description="dotted keys -> values, for every stage")
+    jobs: PositiveInt = Field(1, description="stages that run at the same time, sharing the cores")
     stages: dict[Name, Stage] = Field(
         description="name -> config and what to change in it, in order", min_length=1
     )

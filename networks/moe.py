@@ -128,7 +128,7 @@ class MixtureOfExperts(nn.Module):
     ) -> torch.Tensor:
         """Logits [B, C, *size] of expert logits [B, E, C, h, w] and weights [B, E, K, 1, 1]; not in place."""
         with without_autocast(expert_logits):  # the identity is one in float32 only
-            mixed = MIXES[self.mix](expert_logits, weights)
+            mixed = MIXES[self.mix](full_precision(expert_logits), weights)
             if self.conv_at == "logits":
                 return upsample(self.conv(mixed), size, self.stride)
             return self.conv(upsample(mixed, size, self.stride))

@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import nn
 
+from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
 from dataloaders.transforms import valid_window
@@ -48,6 +49,7 @@ def train(config: Run, options) -> Result | None:
     model = build_mixture(experts, config.gate) if config.gate else config.network.build(index.num_classes)
     if options.dry_run:
         print(describe(config, index, model, frames, held_out))
+        refuse_bad_data(index)
         return None
 
     run = RunFolder(folder, config.resolved(), resume=options.resume, overwrite=options.overwrite, device=device)
@@ -97,6 +99,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     zoo = load_zoo(config, index)
     if options.dry_run:
         print(describe_zoo(config, zoo, frames))
+        refuse_bad_data(index)
         return None
 
     for trained in zoo.networks.values():
@@ -205,6 +208,17 @@ def refuse_overlap(training: Sequence[Frame], held_out: Sequence[Frame]) -> None
             f"data: {len(both)} frames are to train and to validate, e.g. {sorted(both)[0]}; "
             "python -m dataloaders.check CONFIG lists them"
         )
+
+
+def refuse_bad_data(index: FrameIndex) -> None:
+    """What --dry-run says of the data: warnings are printed, problems are a UserError with a line for each."""
+    report = check_lists(index)
+    problems = report.problems + missing_files(index)
+    for warning in report.warnings:
+        print(f"warning: {warning}")
+    if problems:
+        raise UserError("\n".join(f"data: {problem}" for problem in problems))
+    print("data: lists and files are in order; python -m dataloaders.check CONFIG reads every frame")
 
 
 def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:

@@ -1,9 +1,17 @@
 """A pipeline: its stages run in order through the same functions as the scripts, and only where their key changed."""
 
 import hashlib
+import io
 import json
+import os
+import signal
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from engine.config import Evaluation, Pipeline, Run, UserError, load, references
@@ -72,37 +80,121 @@ def run(config: Pipeline, options) -> None:
         return
 
     started = time.perf_counter()
-    ran = []
-    for position, stage in enumerate(chosen, 1):
-        state = state_of(stage, records, forced=options.force == stage.name)
-        title = f"[{position}/{len(chosen)}] {stage.name}"
-        if state.done:
-            print(f"{title}: done already", flush=True)
-            continue
-        print(f"{title}: {'; '.join(state.reasons)}", flush=True)
-        run_stage(stage, state, records, options.device)
-        ran.append(stage.name)
+    ran = run_stages(chosen, records, options, config.jobs)
     if config.report and not options.only:
         write_pipeline_report(config, stages, folder, rewrite=bool(ran))
     print(f"{config.name}: {len(ran)} of {len(chosen)} stages ran in {(time.perf_counter() - started) / 60:.1f} min")
 
 
-def run_stage(stage: Stage, state: State, records: "Records", device: str) -> None:
-    from pipelines import segmentation
-    from pipelines.cli import Options
+def run_stages(chosen: Sequence[Stage], records: "Records", options, jobs: int) -> list[str]:
+    """Run what is not done, at most `jobs` stages at a time, each after those that it needs; names of what ran.
 
+    After a failure no further stage starts; those that run are finished and recorded first."""
+    waiting, ran, failure = list(chosen), [], None
+    running: dict[Future, tuple[Stage, dict]] = {}
+    with worker_pool(jobs) as pool:
+        while running or (waiting and failure is None):
+            unfinished = {stage.name for stage in waiting} | {stage.name for stage, _ in running.values()}
+            ready = [stage for stage in waiting if not unfinished & set(stage.needs)]
+            for stage in ready[: jobs - len(running)] if failure is None else ():
+                waiting.remove(stage)
+                state = state_of(stage, records, forced=options.force == stage.name)
+                if state.done:
+                    print(f"{stage.name}: done already", flush=True)
+                    continue
+                print(f"{stage.name}: {'; '.join(state.reasons)}", flush=True)
+                record = start_record(stage, records)
+                job = run_stage if jobs == 1 else run_stage_beside_others
+                running[pool.submit(job, stage, state.resumable, options.device)] = (stage, record)
+                ran.append(stage.name)
+            for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                stage, record = running.pop(future)
+                try:
+                    seconds = future.result()
+                except Exception as error:
+                    failure = failure or error
+                    continue
+                print(f"{stage.name}: finished in {seconds:.0f} s", flush=True)
+                records.write(stage.name, {**record, "done": True, "result": result_hash(stage)})
+    if failure is not None:
+        raise failure
+    return ran
+
+
+def start_record(stage: Stage, records: "Records") -> dict:
+    """Notes that the stage was started with today's key. UserError where the weights it takes in are not there."""
     missing = [role for role, path in stage.weights.items() if weights_hash(path) is None]
     if missing:
         role = missing[0]
         raise UserError(f"stage {stage.name} needs the weights of {role} ({stage.weights[role]}): train that first")
     ingredients = ingredients_of(stage)
-    key = key_of(ingredients)
-    records.write(stage.name, {"key": key, "ingredients": ingredients, "done": False})
-    options = Options(device=device, resume=state.resumable, overwrite=not state.resumable)
+    record = {"key": key_of(ingredients), "ingredients": ingredients, "done": False}
+    records.write(stage.name, record)
+    return record
+
+
+def run_stage(stage: Stage, resume: bool, device: str) -> float:
+    """Train or evaluate; returns seconds."""
+    from pipelines import segmentation
+    from pipelines.cli import Options
+
     start = time.perf_counter()
-    getattr(segmentation, stage.kind)(stage.config, options)
-    print(f"{stage.name}: finished in {time.perf_counter() - start:.0f} s", flush=True)
-    records.write(stage.name, {"key": key, "ingredients": ingredients, "done": True, "result": result_hash(stage)})
+    getattr(segmentation, stage.kind)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
+    return time.perf_counter() - start
+
+
+def run_stage_beside_others(stage: Stage, resume: bool, device: str) -> float:
+    """run_stage, every line of its output opening with the stage's name."""
+    with redirect_stdout(Labelled(sys.stdout, stage.name)), redirect_stderr(Labelled(sys.stderr, stage.name)):
+        return run_stage(stage, resume, device)
+
+
+class Labelled(io.TextIOBase):
+    """Passes whole lines on to a stream, each behind a label. Never a terminal, so nobody draws a progress bar."""
+
+    def __init__(self, stream, label: str):
+        self.stream, self.label, self.line = stream, label, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.line = (self.line + text).split("\n")
+        for line in lines:
+            self.stream.write(f"{self.label} | {line}\n")
+        self.stream.flush()
+        return len(text)
+
+
+@contextmanager
+def worker_pool(jobs: int) -> Iterator[Executor]:
+    """Processes that share the cores between them; for one job this process itself, with all of them.
+
+    Several processes of few threads get more done than one of many where the networks are small."""
+    if jobs == 1:
+        yield InThisProcess()
+        return
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare_worker, (threads,)) as pool:
+        yield pool
+
+
+def prepare_worker(threads: int) -> None:
+    """Ctrl-C reaches every process of the terminal; a worker heeds it while it trains, and saves its state."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+class InThisProcess(Executor):
+    """Runs what is submitted at once."""
+
+    def submit(self, function, /, *args) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(function(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
 
 def build_stages(config: Pipeline) -> dict[str, Stage]:

@@ -267,6 +267,13 @@ def test_processes_that_need_the_same_part_make_it_once(index, tmp_path, capfd):
     assert made(capfd) == 2 and len(parts(tmp_path)) == 2
 
 
+def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(cache_parts.time, "monotonic", lambda: next(clock))
+    assert list(cache_parts.progress(iter("abcdefgh"), 8, "caching")) == list("abcdefgh")
+    assert capsys.readouterr().err == "caching: 3 of 8 frames\ncaching: 6 of 8 frames\n"
+
+
 def test_only_the_frames_in_use_are_checked(index, tmp_path, capsys):
     east = index.select("train", ["east"])
     open_cache(index, east, SIZE, "squash", tmp_path / "cache")

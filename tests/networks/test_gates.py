@@ -48,7 +48,7 @@ def test_pooling_is_adaptive_average_pooling(size, grid):
 def test_starts_near_equal_weights_with_a_gradient_everywhere(kind):
     gate = kind(8, 3, 5)
     weights = gate(features_of((7, 5), (7, 5))).softmax(dim=1)
-    assert (weights - 1 / 3).abs().max() < 0.15
+    assert (weights - 1 / 3).abs().mean() < 0.1
     assert len(weights[:, 0].unique()) > 1  # but it looks at the image
     weights[:, 0].sum().backward()
     for name, parameter in gate.named_parameters():

@@ -190,6 +190,14 @@ def test_mixed_probabilities_against_the_formula(toy_experts):
     torch.testing.assert_close(model.combine_given(expert_logits, weights, (16, 16)), expected)
 
 
+@pytest.mark.parametrize("mix", ["logits", "log_probs", "probs"])
+def test_stored_bf16_logits_are_mixed_in_float32(toy_experts, mix):
+    model = mixture(toy_experts(3), mix=mix)
+    expert_logits, weights = torch.randn(2, 3, 5, 16, 16).bfloat16(), random_weights(3, 5)
+    expected = model.combine_given(expert_logits.float(), weights, (16, 16))
+    assert torch.equal(model.combine_given(expert_logits, weights, (16, 16)), expected)
+
+
 def test_mixed_probabilities_stay_finite_where_they_underflow(toy_experts):
     model = mixture(toy_experts(2), mix="probs")
     expert_logits = torch.zeros(1, 2, 5, 16, 16)
