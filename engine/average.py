@@ -16,16 +16,17 @@ class Average:
     def __init__(self, tensors: Mapping[str, Tensor], decay: float):
         self.live, self.decay = dict(tensors), decay
         self.tensors = {name: tensor.detach().clone() for name, tensor in self.live.items()}
+        self.averaged = [name for name, tensor in self.live.items() if tensor.is_floating_point()]
+        self.counters = [name for name in self.live if name not in self.averaged]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the values after optimiser step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        for name, average in self.tensors.items():
-            if average.is_floating_point():
-                average.lerp_(self.live[name], 1 - decay)
-            else:
-                average.copy_(self.live[name])
+        averages = [self.tensors[name] for name in self.averaged]
+        torch._foreach_lerp_(averages, [self.live[name] for name in self.averaged], 1 - decay)
+        for name in self.counters:
+            self.tensors[name].copy_(self.live[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -68,9 +68,7 @@ def ohem(
         else:
             kept = available.clamp(min=1, max=pixels)
             largest = min(pixels, losses.shape[1])
-        with (
-            torch.no_grad()
-        ):  # the K-th worst loss of each image, then a weight a pixel: no scatter, so CUDA is exact
+        with torch.no_grad():  # a threshold and a weight a pixel: without scatter it is exact on CUDA too
             worst = losses.topk(largest, dim=1).values
             threshold = worst.gather(1, kept[:, None] - 1)  # [B, 1]
             above, ties = losses > threshold, losses == threshold

@@ -46,9 +46,8 @@ def best_gate_simple(expert_logits: Tensor, labels: Tensor) -> Tensor:
         never = torch.where(lead > 0, -torch.inf, torch.inf)  # flat: won at every w, or at none
         below = torch.where(slope > 0, bound, torch.where(slope == 0, never, -torch.inf))
         above = torch.where(slope < 0, bound, torch.inf)
-        is_label = labels == other
-        lowest = torch.maximum(lowest, torch.where(is_label, -torch.inf, below))
-        highest = torch.minimum(highest, torch.where(is_label, torch.inf, above))
+        lowest = torch.maximum(lowest, torch.where(labels == other, -torch.inf, below))
+        highest = torch.minimum(highest, above)  # inf where `other` is the label itself: a flat lead of 0
     reachable = (lowest < highest) & (lowest < 1) & (highest > 0)
     return _label_or_mean(reachable, expert_logits, labels)
 

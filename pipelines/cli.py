@@ -4,6 +4,7 @@ import argparse
 import importlib
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from engine.config import Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
@@ -14,7 +15,7 @@ FAMILIES = {"deeplab": ("deeplabv3plus",)}
 # What a command runs, imported when the config is known to be right.
 COMMANDS = {
     "train": "pipelines.segmentation:train",
-    "evaluate": "pipelines.segmentation:evaluate",
+    "evaluate": "pipelines.evaluation:evaluate",
     "pipeline": "pipelines.stages:run",
 }
 
@@ -45,11 +46,10 @@ def main(doc: str, command: str, family: str | None = None, argv: list[str] | No
         if arguments.print_config:
             print(config.render_with_sources(), end="")
             return 0
-        module, function = COMMANDS[command].split(":")
         given = {
             field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments
         }
-        getattr(importlib.import_module(module), function)(config, Options(**given))
+        function_of(command)(config, Options(**given))
         return 0
     except UserError as error:
         print(error, file=sys.stderr)
@@ -57,6 +57,12 @@ def main(doc: str, command: str, family: str | None = None, argv: list[str] | No
     except (KeyboardInterrupt, Interrupted) as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         return 130
+
+
+def function_of(command: str) -> Callable:
+    """The function of COMMANDS that runs a command."""
+    module, function = COMMANDS[command].split(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def check(config: Config, command: str, family: str | None, path: str) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation config as networks that run and rows that read them: baselines, experts, ensembles, gates, controls."""
+"""An evaluation config as networks that run and rows that read what they said."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,18 +37,25 @@ class Zoo:
     experts: tuple[str, ...]
     ensembles: dict[str, object] = field(default_factory=dict)
     gates: dict[str, tuple[Trained, tuple[str, ...]]] = field(default_factory=dict)
-    dead: dict[str, list[float]] = field(default_factory=dict)  # per gate: share of dead units of each image seen
+    dead: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # per gate: share of dead units of each image seen
 
     @cached_property
     def learned_gates(self) -> tuple[str, ...]:
         """Gates that route; one of type uniform is a control that only trains a convolution."""
-        return tuple(name for name, (trained, _) in self.gates.items() if trained.metadata["gate"]["type"] != "uniform")
+        return tuple(
+            name for name, (trained, _) in self.gates.items() if trained.metadata["gate"]["type"] != "uniform"
+        )
 
     def rows(self, controls: bool, constant: Sequence[float] | None = None) -> list[Row]:
         """All rows but ceilings and floor; constant: the weights that were picked on the validation split."""
         rows = [network_row(name, "baseline", name, self.home(name)) for name in self.baselines]
         rows += [network_row(name, "expert", name, self.home(name)) for name in self.experts]
-        rows += [ensemble_row(f"ensemble {name}", self.experts, combine) for name, combine in self.ensembles.items()]
+        rows += [
+            ensemble_row(f"ensemble {name}", self.experts, combine)
+            for name, combine in self.ensembles.items()
+        ]
         rows += [self.gate_row(name) for name in self.learned_gates]
         return rows + self.control_rows(constant) if controls else rows
 
@@ -112,14 +119,18 @@ def cost_of(trained: Trained, size: tuple[int, int]) -> Cost:
     about = trained.metadata
     budget = about["budget"]
     return Cost(
-        about["parameters"], about["trained_parameters"], gmacs(trained.network, size), budget["images"], budget["steps"]
+        about["parameters"],
+        about["trained_parameters"],
+        gmacs(trained.network, size),
+        budget["images"],
+        budget["steps"],
     )
 
 
 def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
-    """Loads every run that the config names; experts of gates that it doesn't name run without a row of their own.
+    """Loads every run that the config names. Experts of its gates that it doesn't name run without a row.
 
-    Raises UserError for what isn't trained, is damaged, has other classes than the data, or isn't the gate's expert."""
+    Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert."""
     networks: dict[str, Trained] = {}
     for group, runs in (("baselines", config.baselines), ("experts", config.experts)):
         for name, path in runs.items():
@@ -129,7 +140,10 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
     for name, path in config.gates.items():
         trained, experts = load_gate(path, f"gates.{name}", networks)
         require_classes(trained, index.classes, f"gates.{name}", f"of data {index.name}")
-        gates[name] = (trained, tuple(name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()))
+        gates[name] = (
+            trained,
+            tuple(name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()),
+        )
     ensembles = {rule.name: rule.build for rule in config.ensembles}
     return Zoo(networks, tuple(config.baselines), tuple(config.experts), ensembles, gates)
 

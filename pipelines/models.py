@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from engine.config import Component, Gate, UserError, component
 from engine.checkpoints import load_weights, tensors_sha256
+from engine.config import Gate, UserError, component
 from networks.moe import Frozen, MixtureOfExperts
 
 NETWORKS = "networks:NETWORKS"
@@ -58,7 +58,9 @@ def load_tensors(module: nn.Module, tensors: Mapping, where: str) -> None:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{where} doesn't fit its own description: {str(error).splitlines()[1].strip()}") from None
+        raise UserError(
+            f"{where} doesn't fit its own description: {str(error).splitlines()[1].strip()}"
+        ) from None
 
 
 def build_mixture(experts: Mapping[str, Trained], gate: Gate) -> MixtureOfExperts:
@@ -73,8 +75,10 @@ def build_mixture(experts: Mapping[str, Trained], gate: Gate) -> MixtureOfExpert
     return MixtureOfExperts(networks, head, num_classes, conv=gate.conv, conv_at=gate.conv_at, mix=gate.mix)
 
 
-def load_gate(path: str, key: str, known: Mapping[str, Trained] | None = None) -> tuple[Trained, dict[str, Trained]]:
-    """A trained mixture and its experts by name; experts of the same weights among `known` are shared, not loaded again.
+def load_gate(
+    path: str, key: str, known: Mapping[str, Trained] | None = None
+) -> tuple[Trained, dict[str, Trained]]:
+    """A trained mixture and its experts by name; those among `known` are shared, not loaded again.
 
     Raises UserError, with both hashes, where an expert is not the one that the gate was trained with."""
     file, tensors, metadata = read_checkpoint(path, key)
@@ -83,7 +87,9 @@ def load_gate(path: str, key: str, known: Mapping[str, Trained] | None = None) -
     by_hash = {trained.sha256: trained for trained in (known or {}).values()}
     experts = {}
     for expert in metadata["experts"]:
-        trained = by_hash.get(expert["sha256"]) or load_network(expert["path"], f"{key}: experts.{expert['name']}")
+        trained = by_hash.get(expert["sha256"]) or load_network(
+            expert["path"], f"{key}: experts.{expert['name']}"
+        )
         if trained.sha256 != expert["sha256"]:
             raise UserError(
                 f"{key}: {file} was trained with another expert {expert['name']}: it had {expert['sha256'][:16]}, "
@@ -94,7 +100,9 @@ def load_gate(path: str, key: str, known: Mapping[str, Trained] | None = None) -
     try:
         mixture.load_trainable_state(tensors)
     except (RuntimeError, KeyError) as error:
-        raise UserError(f"{key}: {file} doesn't fit its own description: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"{key}: {file} doesn't fit its own description: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return Trained(file, mixture.eval().requires_grad_(False), metadata, tensors_sha256(tensors)), experts
 
 
@@ -107,8 +115,3 @@ def require_classes(trained: Trained, classes: tuple[str, ...], key: str, owner:
         f"{key}: {trained.file} was trained on another class list ({len(trained.classes)} classes) than that {owner} "
         f"({len(classes)})" + (f"; first differences: {', '.join(differing)}" if differing else "")
     )
-
-
-def network_description(network: Component) -> dict:
-    """What a checkpoint says of its network, enough to build it again."""
-    return network.plain()

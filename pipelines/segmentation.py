@@ -1,9 +1,7 @@
-"""The segmentation pipeline: a config's data, networks and rows, handed to the engine, the evaluation and the report."""
+"""The training pipeline: a config's data, network and loss, handed to the engine."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -14,62 +12,60 @@ from torch import nn
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
-from dataloaders.transforms import valid_window
-from engine.checkpoints import atomic_write
-from engine.config import Evaluation, Run, UserError, dump
+from engine.config import Run, UserError
 from engine.loop import Phase, Result, fit, optimizer_steps, supervised
 from engine.randomness import seed_everything
 from engine.runs import RunFolder, check_run_folder
-from evaluation.ceilings import ceilings_for
-from evaluation.evaluate import Sample, spread_frames
-from evaluation.evaluate import evaluate as evaluate_rows
-from evaluation.results import Protocol, Results, best_row
-from evaluation.rows import Ceilings, constant_row
-from evaluation.tables import write_tables
 from metrics import METRICS
 from metrics.confusion import confusion
 from networks.complexity import gmacs, parameters
-from networks.resize import upsample
-from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
 from pipelines.models import Trained, build_mixture, load_network, require_classes
-from reports.figures import overlay
 
 
 def train(config: Run, options) -> Result | None:
     """Train the network, or the gate over frozen experts, that the config describes; its run folder is filled."""
     device = pick_device(options.device)
-    folder = Path(config.output) / config.name
+    folder, plain = Path(config.output) / config.name, config.resolved()
+    flags = {"resume": options.resume, "overwrite": options.overwrite}
     if not options.dry_run:
-        check_run_folder(folder, config.resolved(), resume=options.resume, overwrite=options.overwrite)
+        check_run_folder(folder, plain, **flags)
     index = config.data.build()
-    frames, held_out = index.select(training_split(config), config.data.subsets), index.select("val", config.data.subsets)
+    frames = index.select(training_split(config), config.data.subsets)
+    held_out = index.select("val", config.data.subsets)
     refuse_overlap(frames, held_out)
     seed_everything(config.train.seed, config.train.deterministic)
     experts = load_experts(config, index)
     model = build_mixture(experts, config.gate) if config.gate else config.network.build(index.num_classes)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("gate: a uniform gate without conv has nothing to train; set conv: true")
     if options.dry_run:
         print(describe(config, index, model, frames, held_out))
         refuse_bad_data(index)
         return None
 
-    run = RunFolder(folder, config.resolved(), resume=options.resume, overwrite=options.overwrite, device=device)
+    run = RunFolder(folder, plain, **flags, device=device)
     run.log(f"{config.name}: {len(frames)} frames to train, {len(held_out)} to validate, {device}")
     settings, data = config.train, config.data
-    place = {"image_size": data.image_size, "resize": data.resize, "cache_dir": data.cache_dir}
     batches = train_loader(
-        index, frames, **place, augment=data.augment, batch_size=settings.batch_size, seed=settings.seed, workers=data.workers
+        index,
+        frames,
+        image_size=data.image_size,
+        resize=data.resize,
+        augment=data.augment,
+        cache_dir=data.cache_dir,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        workers=data.workers,
     )
     loss = settings.loss.build(torch.from_numpy(batches.cache.class_pixels()), index.ignore_index)
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not weights:
-        raise UserError("gate: a uniform gate without conv has nothing to train; set conv: true")
     model.to(device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    optimizer = settings.optimizer.build(weights)
-    scheduler = settings.schedule.build(optimizer, optimizer_steps(batches, settings))
-    phase = Phase("gate" if config.gate else "network", supervised(loss), weights, optimizer, scheduler)
+    optimizer = settings.optimizer.build(trained)
+    steps = optimizer_steps(batches, settings)
+    scheduler = settings.schedule.build(optimizer, steps)
+    phase = Phase("gate" if config.gate else "network", supervised(loss), trained, optimizer, scheduler)
     about = description(config, index, model, frames, experts)
-    batch_images = settings.batch_size * len(batches)
-    about["budget"] = {"steps": optimizer_steps(batches, settings), "images": settings.epochs * batch_images}
+    about["budget"] = {"steps": steps, "images": settings.epochs * settings.batch_size * len(batches)}
     return fit(
         model,
         [phase],
@@ -78,122 +74,11 @@ def train(config: Run, options) -> Result | None:
         run,
         settings,
         device,
-        weights=lambda trained: (live_tensors(trained), about),
+        weights=lambda model: (live_tensors(model), about),
         metrics=tuple(METRICS),
         state=live_tensors,
-        identity={"data": about["data"], **{f"experts.{name}": expert.sha256 for name, expert in experts.items()}},
+        identity={"data": about["data"], **{f"experts.{name}": one.sha256 for name, one in experts.items()}},
     )
-
-
-def evaluate(config: Run | Evaluation, options) -> Results | None:
-    """Evaluate every run that the config names in one pass over the frames; tables and pictures go to the evaluation's folder."""
-    device = pick_device(options.device)
-    if isinstance(config, Run):
-        config = as_evaluation(config)
-    settings, folder = config.evaluate, evaluation_folder(config)
-    if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
-        raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
-    index = config.data.build()
-    subsets = settings.subsets or [*config.data.subsets, *(["all"] if len(config.data.subsets) > 1 else [])]
-    frames = index.select(settings.split, subsets)
-    zoo = load_zoo(config, index)
-    if options.dry_run:
-        print(describe_zoo(config, zoo, frames))
-        refuse_bad_data(index)
-        return None
-
-    for trained in zoo.networks.values():
-        trained.network.to(device, memory_format=torch.channels_last)
-    for trained, _ in zoo.gates.values():
-        trained.network.to(device)
-    chosen, constant = choose_on_val(config, zoo, index, device)
-    zoo.dead.clear()  # what is told is of the frames that are evaluated
-    rows = zoo.rows(settings.controls, constant)
-    ceilings = Ceilings(zoo.experts, ceilings_for(len(zoo.experts))) if settings.ceilings and len(zoo.experts) > 1 else Ceilings()
-    samples: list[Sample] = []
-    results = run_rows(
-        config, index, frames, zoo, rows, settings.split, device,
-        ceilings=ceilings, keep=spread_frames(frames, settings.overlays), on_sample=samples.append, chosen=chosen,
-    )  # fmt: skip
-    write_evaluation(folder, config, zoo, results, rows, samples, subsets, index)
-    print(f"evaluation: {folder}")
-    return results
-
-
-def run_rows(config: Evaluation, index, frames, zoo: Zoo, rows, split: str, device: torch.device, **options) -> Results:
-    """One pass of evaluation.evaluate under the config's protocol."""
-    data, settings = config.data, config.evaluate
-    batches = eval_loader(
-        index,
-        frames,
-        image_size=data.image_size,
-        resize=data.resize,
-        cache_dir=data.cache_dir,
-        batch_size=settings.batch_size,
-        workers=data.workers,
-        resolution=settings.resolution,
-    )
-    protocol = Protocol(
-        dataset=index.name,
-        split=split,
-        classes=index.classes,
-        training_subsets=tuple(name for name in index.subsets if name in index.trained_subsets),
-        image_size=data.image_size,
-        resize=data.resize,
-        resolution=settings.resolution,
-        absent=settings.absent,
-        precision=settings.precision,
-    )
-    networks = {name: trained.network for name, trained in zoo.networks.items()}
-    return evaluate_rows(
-        batches,
-        networks,
-        rows,
-        protocol,
-        upsample=upsample,
-        window=partial(valid_window, image_size=data.image_size, resize=data.resize),
-        device=device,
-        **options,
-    )
-
-
-def choose_on_val(config: Evaluation, zoo: Zoo, index: FrameIndex, device) -> tuple[str, tuple[float, ...] | None]:
-    """(name of the best gate, best constant weights) by mIoU on the validation frames; the test frames are not looked at."""
-    candidates = constant_candidates(zoo) if config.evaluate.controls and len(zoo.experts) > 1 else {}
-    rows = [zoo.gate_row(name) for name in zoo.learned_gates]
-    rows += [constant_row(name, zoo.experts, weights) for name, weights in candidates.items()]
-    if len(rows) < 1 or (not candidates and len(rows) == 1):
-        return (rows[0].name if rows else ""), None
-    results = run_rows(config, index, index.select("val", config.data.subsets), zoo, rows, "val", device)
-    subset = "all" if "all" in results.subset_names else results.subset_names[0]
-    gate = best_row(results, zoo.learned_gates, subset) if zoo.learned_gates else ""
-    return gate, candidates[best_row(results, candidates, subset)] if candidates else None
-
-
-def write_evaluation(folder: Path, config: Evaluation, zoo: Zoo, results: Results, rows, samples, subsets, index) -> None:
-    """per_image.npz, tables and overlays; results.csv last, since it says that the evaluation is complete."""
-    costs = zoo.costs(rows, config.data.image_size)
-    atomic_write(folder / "config.yaml", dump(config.resolved()))
-    results.save(folder / "per_image.npz")
-    for sample in samples:
-        picture = overlay(sample, results, index.palette)
-        atomic_write(folder / "overlays" / f"{sample.subset}_{sample.name.replace('/', '_')}.png", picture)
-    dead_shares = {name: sum(shares) / len(shares) for name, shares in zoo.dead.items() if shares}
-    write_tables(folder, results, costs, subsets, dead_shares)
-
-
-def evaluation_folder(config: Run | Evaluation) -> Path:
-    """runs/<name>/evaluation/<split>/"""
-    return Path(config.output) / config.name / "evaluation" / config.evaluate.split
-
-
-def describe_zoo(config: Evaluation, zoo: Zoo, frames: Sequence[Frame]) -> str:
-    """What --dry-run tells of an evaluation."""
-    counts = Counter(frame.subset for frame in frames)
-    lines = [f"{config.name}: {', '.join(f'{count} {subset}' for subset, count in counts.items())} ({config.evaluate.split})"]
-    costs = zoo.costs(zoo.rows(controls=False), config.data.image_size)
-    lines += [f"{row}: {cost.parameters:,} parameters, {cost.gmacs:.2f} GMACs" for row, cost in costs.items()]
-    return "\n".join(lines)
 
 
 def training_split(config: Run) -> str:
@@ -222,7 +107,7 @@ def refuse_bad_data(index: FrameIndex) -> None:
 
 
 def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
-    """The frozen experts of a gate. UserError where one has other classes or another architecture than the config says."""
+    """The frozen experts of a gate. UserError where one has other classes or another architecture than told."""
     experts = {name: load_network(path, f"experts.{name}") for name, path in config.experts.items()}
     for name, expert in experts.items():
         require_classes(expert, index.classes, f"experts.{name}", f"of data {index.name}")
@@ -234,7 +119,9 @@ def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
         }
         if other:
             key, (stored, asked) = next(iter(other.items()))
-            raise UserError(f"experts.{name}: {expert.file} was built with network.{key}: {stored}, the config says {asked}")
+            raise UserError(
+                f"experts.{name}: {expert.file} was built with network.{key}: {stored}, the config says {asked}"
+            )
     return experts
 
 
@@ -243,10 +130,12 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return model.trainable_state() if hasattr(model, "trainable_state") else model.state_dict()
 
 
-def description(config: Run, index: FrameIndex, model: nn.Module, frames: Sequence[Frame], experts: dict) -> dict:
-    """Metadata of the checkpoint: what it takes to build the network again and to know what it was trained on.
+def description(
+    config: Run, index: FrameIndex, model: nn.Module, frames: Sequence[Frame], experts: dict
+) -> dict:
+    """Metadata of the checkpoint: what it takes to build the network again and to know how it was trained.
 
-    Left out of the config is where the run lies and how fast it reads, so that equal training gives equal bytes."""
+    The config goes without where the run lies and how fast it reads: equal training gives equal bytes."""
     recipe = config.resolved()
     for key in ("name", "output", "evaluate"):
         recipe.pop(key)
@@ -263,16 +152,22 @@ def description(config: Run, index: FrameIndex, model: nn.Module, frames: Sequen
     }
     if not config.gate:
         normalize = model.normalize
-        about["normalisation"] = {"mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist()}
+        about["normalisation"] = {
+            "mean": normalize.mean.flatten().tolist(),
+            "std": normalize.std.flatten().tolist(),
+        }
         return {**about, "network": config.network.plain()}
     chosen = [
-        {"name": name, "path": config.experts[name], "sha256": expert.sha256} for name, expert in experts.items()
+        {"name": name, "path": config.experts[name], "sha256": expert.sha256}
+        for name, expert in experts.items()
     ]
     return {**about, "gate": config.gate.plain(), "experts": chosen}
 
 
 def validator(config: Run, index: FrameIndex, frames: Sequence[Frame], device: torch.device) -> Callable:
-    """validate(model) -> every metric on the validation frames at the network's resolution, classes as evaluate.absent says."""
+    """validate(model) -> every metric on the validation frames at the network's resolution.
+
+    Absent classes count as evaluate.absent says."""
     data = config.data
     batches = eval_loader(
         index,
@@ -288,11 +183,16 @@ def validator(config: Run, index: FrameIndex, frames: Sequence[Frame], device: t
 
     def validate(model: nn.Module) -> dict[str, float]:
         counts = torch.zeros(index.num_classes, index.num_classes, dtype=torch.int64, device=device)
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+        ):
             for batch in batches:
                 images = batch.images.to(device).contiguous(memory_format=layout).float() / 255
                 predictions = model(images).argmax(1)
-                counts += confusion(predictions, batch.labels.to(device), index.num_classes, index.ignore_index).sum(0)
+                counts += confusion(
+                    predictions, batch.labels.to(device), index.num_classes, index.ignore_index
+                ).sum(0)
         return figures(counts.cpu().numpy(), config.evaluate.absent)
 
     return validate
@@ -308,7 +208,9 @@ def figures(matrix: numpy.ndarray, absent: str) -> dict[str, float]:
     return found
 
 
-def describe(config: Run, index: FrameIndex, model: nn.Module, frames: Sequence[Frame], held_out: Sequence[Frame]) -> str:
+def describe(
+    config: Run, index: FrameIndex, model: nn.Module, frames: Sequence[Frame], held_out: Sequence[Frame]
+) -> str:
     """What --dry-run tells: sizes, shapes and frames."""
     size = config.data.image_size
     total, trained = parameters(model)
@@ -340,6 +242,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {name}: there is no such GPU ({torch.cuda.device_count()} found); use cpu or auto")
+    if device.type == "cuda" and (
+        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise UserError(
+            f"--device {name}: there is no such GPU ({torch.cuda.device_count()} found); use cpu or auto"
+        )
     return device

@@ -1,4 +1,4 @@
-"""A pipeline: its stages run in order through the same functions as the scripts, and only where their key changed."""
+"""A pipeline: its stages run through the same functions as the scripts, and only where their key changed."""
 
 import hashlib
 import io
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from engine.config import Evaluation, Pipeline, Run, UserError, load, references
 from engine.checkpoints import atomic_write, load_metadata
+from engine.config import Evaluation, Pipeline, Run, UserError, load, references
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
 VERSIONS = {"train": 1, "evaluate": 1}
@@ -70,7 +70,9 @@ def run(config: Pipeline, options) -> None:
     records = Records(folder / "stages.json")
     for flag, name in (("--only", options.only), ("--force", options.force)):
         if name is not None and name not in stages:
-            raise UserError(f"{flag} {name}: there is no such stage; stages of {config.name}: {', '.join(stages)}")
+            raise UserError(
+                f"{flag} {name}: there is no such stage; stages of {config.name}: {', '.join(stages)}"
+            )
     if options.status or options.why:
         print(describe(stages, records, options.why))
         return
@@ -83,7 +85,9 @@ def run(config: Pipeline, options) -> None:
     ran = run_stages(chosen, records, options, config.jobs)
     if config.report and not options.only:
         write_pipeline_report(config, stages, folder, rewrite=bool(ran))
-    print(f"{config.name}: {len(ran)} of {len(chosen)} stages ran in {(time.perf_counter() - started) / 60:.1f} min")
+    print(
+        f"{config.name}: {len(ran)} of {len(chosen)} stages ran in {(time.perf_counter() - started) / 60:.1f} min"
+    )
 
 
 def run_stages(chosen: Sequence[Stage], records: "Records", options, jobs: int) -> list[str]:
@@ -126,7 +130,9 @@ def start_record(stage: Stage, records: "Records") -> dict:
     missing = [role for role, path in stage.weights.items() if weights_hash(path) is None]
     if missing:
         role = missing[0]
-        raise UserError(f"stage {stage.name} needs the weights of {role} ({stage.weights[role]}): train that first")
+        raise UserError(
+            f"stage {stage.name} needs the weights of {role} ({stage.weights[role]}): train that first"
+        )
     ingredients = ingredients_of(stage)
     record = {"key": key_of(ingredients), "ingredients": ingredients, "done": False}
     records.write(stage.name, record)
@@ -135,11 +141,10 @@ def start_record(stage: Stage, records: "Records") -> dict:
 
 def run_stage(stage: Stage, resume: bool, device: str) -> float:
     """Train or evaluate; returns seconds."""
-    from pipelines import segmentation
-    from pipelines.cli import Options
+    from pipelines.cli import Options, function_of
 
     start = time.perf_counter()
-    getattr(segmentation, stage.kind)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
+    function_of(stage.kind)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
     return time.perf_counter() - start
 
 
@@ -150,7 +155,7 @@ def run_stage_beside_others(stage: Stage, resume: bool, device: str) -> float:
 
 
 class Labelled(io.TextIOBase):
-    """Passes whole lines on to a stream, each behind a label. Never a terminal, so nobody draws a progress bar."""
+    """Passes whole lines on to a stream, each behind a label. Never a terminal, so no bars are drawn."""
 
     def __init__(self, stream, label: str):
         self.stream, self.label, self.line = stream, label, ""
@@ -213,10 +218,12 @@ def build_stages(config: Pipeline) -> dict[str, Stage]:
 
 
 def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> Run | Evaluation:
-    """A stage's config with the pipeline's `set` and `seed`; what concerns training is left out where nothing is trained."""
+    """A stage's config with the pipeline's `set` and `seed`, without `train` where nothing is trained."""
     stage = load(file, settings, origin=origin)
     trains = getattr(stage, "train", None) is not None
-    changes = {key: value for key, value in config.set.items() if trains or not key.startswith("train.")} | settings
+    changes = {
+        key: value for key, value in config.set.items() if trains or not key.startswith("train.")
+    } | settings
     if trains:
         changes["train.seed"] = stage.train.seed + config.seed
     return load(file, changes, origin=origin)
@@ -234,7 +241,7 @@ def replace_references(value, folders: dict[str, str]):
 
 
 def ingredients_of(stage: Stage) -> dict[str, object]:
-    """Everything that the result depends on, flat: config values, code version, data manifest, hashes of weights."""
+    """All that the result depends on, flat: config values, code version, data manifest, hashes of weights."""
     config = {
         key: value
         for key, value in flatten(stage.config.resolved()).items()
@@ -278,7 +285,7 @@ def weights_hash(path: str) -> str | None:
 
 def result_hash(stage: Stage) -> str | None:
     """Hash of what the stage leaves behind, to notice that it was removed or changed by hand."""
-    from pipelines.segmentation import evaluation_folder
+    from pipelines.evaluation import evaluation_folder
 
     folder = Path(stage.config.output) / stage.config.name
     if stage.kind == "train":
@@ -326,7 +333,7 @@ def short(digest) -> str:
 
 
 def describe(stages: dict[str, Stage], records: "Records", why: bool) -> str:
-    """A line for each stage: done, to run (with --why: what changed), or waiting for stages that run before it."""
+    """A line for each stage: done, or to run and (--why) what changed or runs before it."""
     lines, pending = [], set()
     for stage in stages.values():
         state = state_of(stage, records)
@@ -346,8 +353,7 @@ def describe(stages: dict[str, Stage], records: "Records", why: bool) -> str:
 
 def dry_run(stages: list[Stage]) -> None:
     """Validate every stage; one whose inputs are not trained yet is checked as far as that goes."""
-    from pipelines import segmentation
-    from pipelines.cli import Options
+    from pipelines.cli import Options, function_of
 
     for stage in stages:
         print(f"--- {stage.name}")
@@ -355,7 +361,7 @@ def dry_run(stages: list[Stage]) -> None:
         if missing:
             print(f"waits for the weights of {', '.join(missing)}")
         else:
-            getattr(segmentation, stage.kind)(stage.config, Options(dry_run=True))
+            function_of(stage.kind)(stage.config, Options(dry_run=True))
 
 
 class Records:
@@ -375,7 +381,7 @@ class Records:
 
 
 def write_pipeline_report(config: Pipeline, stages: dict[str, Stage], folder: Path, rewrite: bool) -> None:
-    from pipelines.segmentation import evaluation_folder
+    from pipelines.evaluation import evaluation_folder
     from reports.report import write_report
 
     page = folder / "report.html"

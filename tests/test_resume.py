@@ -1,4 +1,4 @@
-"""train_deeplab.py killed with SIGKILL in mid-epoch at random places and resumed ends with the bytes of an uninterrupted run."""
+"""train_deeplab.py, killed in mid-epoch at random places and resumed, ends with an uninterrupted run's bytes."""
 
 import os
 import random
@@ -36,7 +36,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, workers):
 def train(path: Path, *arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "train_deeplab.py", str(path), *arguments, "--device", "cpu"]
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def kill_after(process: subprocess.Popen, state: Path, saves: int) -> None:

@@ -126,6 +126,14 @@ def test_oracles_on_four_pixels():
     assert oracle_expert_image(flipped, labels).tolist() == [[[0, 0, 0, 1]]]
 
 
+def test_a_class_that_the_experts_agree_on_wins_where_they_differ_on_the_others():
+    """2 0 1 and 0 2 1: the third class is no expert's and not the mean's, but wins with the smaller logits."""
+    logits = torch.tensor([[2.0, 0, 1], [0, 2, 1]])[None, :, :, None, None]
+    labels = torch.tensor([[[2]]])
+    assert best_gate_classwise(logits, labels).item() == 2
+    assert best_gate_simple(logits, labels).item() == 0  # equal weights give a tie at best
+
+
 @pytest.mark.parametrize("num_experts", [2, 3])
 def test_the_simple_gate_is_left_out_with_three_experts(num_experts):
     assert ("best gate, simple" in ceilings_for(num_experts)) == (num_experts == 2)

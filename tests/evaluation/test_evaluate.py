@@ -1,5 +1,6 @@
 """The pass over the frames: what runs how often, what is counted where, and what every kind of row says."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,9 @@ class Painter(nn.Module):
     def forward_features(self, images):
         assert not self.training and images.min() >= 0 and images.max() <= 1
         self.passes += 1
-        return images.roll(self.shift, dims=1)[:, :, ::2, ::2] * 4, images.mean((2, 3), keepdim=True)
+        return images.roll(self.shift, dims=1)[:, :, ::2, ::2] * 4, images.mean(
+            (2, 3), keepdim=True
+        ) + self.shift
 
 
 def upsample(logits, size, stride):
@@ -92,8 +95,15 @@ def mean(expert_logits):
 
 def test_every_network_runs_once_per_batch_and_counts_are_those_of_its_answers():
     rows = [*EXPERT_ROWS, ensemble_row("mean", EXPERTS, mean), constant_row("half", EXPERTS, (0.5, 0.5))]
-    results, networks = run(rows)
+    calls = []
+
+    def counting(*arguments):
+        calls.append(arguments)
+        return upsample(*arguments)
+
+    results, networks = run(rows, upsample=counting)
     assert [network.passes for network in networks.values()] == [3, 3]
+    assert len(calls) == 6  # for four rows and the ceilings
     position = 0
     for batch in batches():
         for name, network in networks.items():
@@ -114,6 +124,7 @@ def test_each_expert_is_perfect_at_home_and_routing_by_subset_is_perfect_where_i
     assert results.miou("true subset", "all") == 1
     assert not results.defined("true subset", "ambiguous")
     assert np.isnan(results.miou("true subset", "ambiguous"))
+    assert results.matrices[2][:4].any() and not results.matrices[2][4].any()
     assert results.miou("oracle expert per image", "all") == 1
 
 
@@ -136,7 +147,9 @@ def test_all_is_the_union_of_the_training_subsets_and_matrices_add_up():
     with pytest.raises(UserError, match="'night' has no image.*highway, urban, all, ambiguous"):
         results.mask("night")
     only, _ = run(EXPERT_ROWS, batches(subsets=("highway", "ambiguous")))
-    assert only.subset_names == ["highway", "ambiguous"]  # half of "all" is not "all"
+    assert only.subset_names == ["highway", "ambiguous"]
+    wider = replace(PROTOCOL, training_subsets=("highway", "urban", "rural"))
+    assert "all" not in replace(results, protocol=wider).subset_names  # two thirds of "all" are not "all"
 
 
 def test_the_floor_is_the_best_of_all_constant_answers():
@@ -161,6 +174,7 @@ def test_gates_deliver_their_weights_per_image_in_order():
     rows = [*EXPERT_ROWS, gate_row("gate", EXPERTS, combine), gate_row("one-hot", EXPERTS, one_hot)]
     results, _ = run(rows)
     assert results.weights["gate"].shape == (5, 2, 1)
+    assert (results.weights["gate"][:, 1] > results.weights["gate"][:, 0]).all()  # its feature is larger by 1
     assert np.allclose(results.weights["gate"].sum(1), 1)
     assert np.array_equal(results.matrices[3], results.matrices[1])  # a one-hot gate is that expert
     other, _ = run(rows, batches(batch_size=5))

@@ -61,7 +61,12 @@ def expert_config(folder: Path, data: Path, name: str, subsets: list[str]) -> di
             "workers": 0,
         },
         "network": {"name": "deeplabv3plus", "backbone": "mobilenet_v2", "pretrained": "none"},
-        "train": {"epochs": 2, "batch_size": 4, "optimizer": {"name": "adamw", "lr": 2e-3}, "tensorboard": False},
+        "train": {
+            "epochs": 2,
+            "batch_size": 4,
+            "optimizer": {"name": "adamw", "lr": 2e-3},
+            "tensorboard": False,
+        },
         "evaluate": {"subsets": ["day", "night", "all"], "overlays": 1},
     }
 
@@ -105,7 +110,7 @@ class Workshop:
         return train(self.load(config, *overrides), Options(device="cpu", **options))
 
     def evaluate(self, config: dict, *overrides: str, **options):
-        from pipelines.segmentation import evaluate
+        from pipelines.evaluation import evaluate
 
         return evaluate(self.load(config, *overrides), Options(device="cpu", **options))
 

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -35,10 +34,14 @@ def calls(monkeypatch):
 
         return run
 
-    segmentation, stages = types.ModuleType("segmentation"), types.ModuleType("stages")
-    segmentation.train, segmentation.evaluate, stages.run = map(record, ("train", "evaluate", "pipeline"))
-    monkeypatch.setitem(sys.modules, "pipelines.segmentation", segmentation)
-    monkeypatch.setitem(sys.modules, "pipelines.stages", stages)
+    for module, function, command in (
+        ("segmentation", "train", "train"),
+        ("evaluation", "evaluate", "evaluate"),
+        ("stages", "run", "pipeline"),
+    ):
+        stand_in = types.ModuleType(module)
+        setattr(stand_in, function, record(command))
+        monkeypatch.setitem(sys.modules, f"pipelines.{module}", stand_in)
     return made
 
 
@@ -195,7 +198,6 @@ def test_three_mistakes_in_one_answer_without_heavy_imports(tmp_path, script):
         "    print('imported:', sorted(heavy & set(sys.modules)))\n"
     )
     run = f"import sys; sys.argv = [{script!r}, {str(config)!r}]\n{code}"
-    start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", run],
         cwd=ROOT,
@@ -203,7 +205,6 @@ def test_three_mistakes_in_one_answer_without_heavy_imports(tmp_path, script):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    seconds = time.perf_counter() - start
     lines = done.stderr.splitlines()
     assert [line.split("; allowed")[0] for line in lines] == [
         f'{config}:3: network.name: "deeplabv3plis" is unknown',
@@ -214,7 +215,6 @@ def test_three_mistakes_in_one_answer_without_heavy_imports(tmp_path, script):
     assert suggested == ["'deeplabv3plus'?", "'batch_size'?", "'evaluate'?"]
     assert done.returncode == 2
     assert done.stdout == "imported: []\n"
-    assert seconds < 3
 
 
 def test_scripts_explain_themselves():

@@ -1,6 +1,7 @@
 """Stages run when something they depend on changed, and never otherwise."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -23,7 +24,9 @@ def folder(tmp_path, workshop):
     gate["train"]["epochs"] = 1
     write_yaml(tmp_path / "gate.yaml", gate)
     shared = {key: expert[key] for key in ("name", "data", "evaluate")}
-    write_yaml(tmp_path / "evaluation.yaml", {**shared, "experts": {"day": "x", "night": "y"}, "ensembles": ["mean"]})
+    write_yaml(
+        tmp_path / "evaluation.yaml", {**shared, "experts": {"day": "x", "night": "y"}, "ensembles": ["mean"]}
+    )
     experts = {"day": "@day", "night": "@night"}
     pipeline = {
         "name": "line",
@@ -33,7 +36,10 @@ def folder(tmp_path, workshop):
             "day": {"config": "expert.yaml"},
             "night": {"config": "expert.yaml", "set": {"data.subsets": ["night"], "train.seed": 7}},
             "gate": {"config": "gate.yaml", "set": {"experts": experts}},
-            "evaluation": {"config": "evaluation.yaml", "set": {"experts": experts, "gates": {"gate": "@gate"}}},
+            "evaluation": {
+                "config": "evaluation.yaml",
+                "set": {"experts": experts, "gates": {"gate": "@gate"}},
+            },
         },
     }
     write_yaml(tmp_path / "pipeline.yaml", pipeline)
@@ -45,9 +51,8 @@ def run(folder, *overrides, **options):
 
 
 def ran(capsys) -> list[str]:
-    """Names of the stages that were not skipped."""
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
-    return [line.split("] ")[1].split(":")[0] for line in lines if not line.endswith("done already")]
+    """Names of the stages that were not skipped, in the order in which they finished."""
+    return re.findall(r"^(\w+): finished in", capsys.readouterr().out, re.MULTILINE)
 
 
 def change(file, key, value) -> None:
@@ -117,10 +122,28 @@ def test_interrupted_stage_goes_on_where_it_stopped(folder, capsys, monkeypatch)
     assert calls == [False, True]
 
 
+def test_jobs_side_by_side_give_the_same_weights_and_label_their_lines(folder, capfd):
+    run(folder, only="day")
+    alone = (folder / "runs/line/day/checkpoints/best.safetensors").read_bytes()
+    run(folder, "jobs=2", "name=both")
+    told = capfd.readouterr().out
+    assert "night | epoch 1/1 done" in told and "evaluation: finished" in told
+    assert (folder / "runs/both/day/checkpoints/best.safetensors").read_bytes() == alone
+
+
+def test_failing_stage_stops_the_pipeline_but_not_what_runs_beside_it(folder, capsys, monkeypatch):
+    change(folder / "expert.yaml", "train.batch_size", 500)
+    with pytest.raises(UserError, match="train.batch_size: 500"):
+        run(folder)
+    assert ran(capsys) == []
+
+
 def test_seed_shifts_every_training_and_its_own_offsets_stay(folder):
     plain = module.build_stages(load(folder / "pipeline.yaml"))
     shifted = module.build_stages(load(folder / "pipeline.yaml", ["seed=10"]))
-    assert [shifted[name].config.train.seed - plain[name].config.train.seed for name in ("day", "night", "gate")] == [10] * 3
+    assert [
+        shifted[name].config.train.seed - plain[name].config.train.seed for name in ("day", "night", "gate")
+    ] == [10] * 3
     assert plain["night"].config.train.seed == 7
 
 
@@ -145,7 +168,9 @@ def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch):
     stage = module.build_stages(load(folder / "pipeline.yaml"))["day"]
     before = module.ingredients_of(stage)
     monkeypatch.setitem(module.VERSIONS, "train", 99)
-    assert module.changes(before, module.ingredients_of(stage)) == [f"version changed from {before['version']} to 99"]
+    assert module.changes(before, module.ingredients_of(stage)) == [
+        f"version changed from {before['version']} to 99"
+    ]
 
 
 def test_records_survive_as_json(folder):

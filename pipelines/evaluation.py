@@ -1,0 +1,164 @@
+"""The evaluation pipeline: everything a config names in one pass over the frames, then tables and pictures."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from dataloaders.frames import Frame, FrameIndex
+from dataloaders.loader import eval_loader
+from dataloaders.transforms import valid_window
+from engine.checkpoints import atomic_write
+from engine.config import Evaluation, Run, UserError, dump
+from evaluation.ceilings import ceilings_for
+from evaluation.evaluate import Sample, spread_frames
+from evaluation.evaluate import evaluate as evaluate_rows
+from evaluation.results import Protocol, Results, best_row
+from evaluation.rows import Ceilings, Row, constant_row
+from evaluation.tables import write_tables
+from networks.resize import upsample
+from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
+from pipelines.segmentation import pick_device, refuse_bad_data
+from reports.figures import overlay
+
+
+def evaluate(config: Run | Evaluation, options) -> Results | None:
+    """Evaluate every run that the config names in one pass over the frames; tables and pictures are written."""
+    device = pick_device(options.device)
+    if isinstance(config, Run):
+        config = as_evaluation(config)
+    settings, folder = config.evaluate, evaluation_folder(config)
+    if len(settings.attacks) > 1:
+        raise UserError(f"evaluate.attacks: one attack in an evaluation, found {len(settings.attacks)}")
+    if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
+        raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
+    index = config.data.build()
+    subsets = settings.subsets or [*config.data.subsets, *(["all"] if len(config.data.subsets) > 1 else [])]
+    frames = index.select(settings.split, subsets)
+    zoo = load_zoo(config, index)
+    if options.dry_run:
+        print(describe_zoo(config, zoo, frames))
+        refuse_bad_data(index)
+        return None
+
+    for trained in zoo.networks.values():
+        trained.network.to(device, memory_format=torch.channels_last)
+    for trained, _ in zoo.gates.values():
+        trained.network.to(device)
+    chosen, constant = choose_on_val(config, zoo, index, device)
+    zoo.dead.clear()  # what is told is of the frames that are evaluated
+    rows = zoo.rows(settings.controls, constant)
+    bounded = settings.ceilings and len(zoo.experts) > 1
+    ceilings = Ceilings(zoo.experts, ceilings_for(len(zoo.experts))) if bounded else Ceilings()
+    samples: list[Sample] = []
+    results = run_rows(
+        config,
+        index,
+        frames,
+        zoo,
+        rows,
+        settings.split,
+        device,
+        ceilings=ceilings,
+        keep=spread_frames(frames, settings.overlays),
+        on_sample=samples.append,
+        chosen=chosen,
+    )
+    write_evaluation(folder, config, zoo, results, rows, samples, subsets, index)
+    print(f"evaluation: {folder}")
+    return results
+
+
+def run_rows(
+    config: Evaluation,
+    index: FrameIndex,
+    frames: Sequence[Frame],
+    zoo: Zoo,
+    rows: Sequence[Row],
+    split: str,
+    device: torch.device,
+    **options,
+) -> Results:
+    """One pass of evaluation.evaluate under the config's protocol."""
+    data, settings = config.data, config.evaluate
+    batches = eval_loader(
+        index,
+        frames,
+        image_size=data.image_size,
+        resize=data.resize,
+        cache_dir=data.cache_dir,
+        batch_size=settings.batch_size,
+        workers=data.workers,
+        resolution=settings.resolution,
+    )
+    protocol = Protocol(
+        dataset=index.name,
+        split=split,
+        classes=index.classes,
+        training_subsets=tuple(name for name in index.subsets if name in index.trained_subsets),
+        image_size=data.image_size,
+        resize=data.resize,
+        resolution=settings.resolution,
+        absent=settings.absent,
+        precision=settings.precision,
+        attack=settings.attacks[0].name,
+    )
+    networks = {name: trained.network for name, trained in zoo.networks.items()}
+    return evaluate_rows(
+        batches,
+        networks,
+        rows,
+        protocol,
+        upsample=upsample,
+        window=partial(valid_window, image_size=data.image_size, resize=data.resize),
+        device=device,
+        attack=settings.attacks[0].build,
+        **options,
+    )
+
+
+def choose_on_val(
+    config: Evaluation, zoo: Zoo, index: FrameIndex, device
+) -> tuple[str, tuple[float, ...] | None]:
+    """(best gate, best constant weights) by mIoU on the validation frames; no test frame is looked at."""
+    candidates = constant_candidates(zoo) if config.evaluate.controls and len(zoo.experts) > 1 else {}
+    rows = [zoo.gate_row(name) for name in zoo.learned_gates]
+    rows += [constant_row(name, zoo.experts, weights) for name, weights in candidates.items()]
+    if len(rows) < 1 or (not candidates and len(rows) == 1):
+        return (rows[0].name if rows else ""), None
+    results = run_rows(config, index, index.select("val", config.data.subsets), zoo, rows, "val", device)
+    subset = "all" if "all" in results.subset_names else results.subset_names[0]
+    gate = best_row(results, zoo.learned_gates, subset) if zoo.learned_gates else ""
+    return gate, candidates[best_row(results, candidates, subset)] if candidates else None
+
+
+def write_evaluation(
+    folder: Path, config: Evaluation, zoo: Zoo, results: Results, rows, samples, subsets, index
+) -> None:
+    """per_image.npz, overlays and tables; results.csv last: where it is, the evaluation is complete."""
+    costs = zoo.costs(rows, config.data.image_size)
+    atomic_write(folder / "config.yaml", dump(config.resolved()))
+    results.save(folder / "per_image.npz")
+    for sample in samples:
+        picture = overlay(sample, results, index.palette)
+        atomic_write(folder / "overlays" / f"{sample.subset}_{sample.name.replace('/', '_')}.png", picture)
+    dead_shares = {name: sum(shares) / len(shares) for name, shares in zoo.dead.items() if shares}
+    write_tables(folder, results, costs, subsets, dead_shares)
+
+
+def evaluation_folder(config: Run | Evaluation) -> Path:
+    """runs/<name>/evaluation/<split>/"""
+    return Path(config.output) / config.name / "evaluation" / config.evaluate.split
+
+
+def describe_zoo(config: Evaluation, zoo: Zoo, frames: Sequence[Frame]) -> str:
+    """What --dry-run tells of an evaluation."""
+    counts = Counter(frame.subset for frame in frames)
+    lines = [
+        f"{config.name}: {', '.join(f'{count} {subset}' for subset, count in counts.items())} ({config.evaluate.split})"
+    ]
+    costs = zoo.costs(zoo.rows(controls=False), config.data.image_size)
+    lines += [f"{row}: {cost.parameters:,} parameters, {cost.gmacs:.2f} GMACs" for row, cost in costs.items()]
+    return "\n".join(lines)
