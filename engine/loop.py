@@ -248,7 +248,7 @@ class _Training:
     def interrupted(self) -> Interrupted:
         step = self.state.at.step
         text = f"interrupted after step {step}; the state is saved: the same command with --resume goes on"
-        self.run.log(text)
+        self.run.log(text, show=False)  # the script prints the exception
         return Interrupted(text)
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -52,7 +53,13 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     rows = zoo.rows(settings.controls, constant)
     bounded = settings.ceilings and len(zoo.experts) > 1
     ceilings = Ceilings(zoo.experts, ceilings_for(len(zoo.experts))) if bounded else Ceilings()
+    shown = {chosen, *zoo.experts, *zoo.baselines}
     samples: list[Sample] = []
+
+    def keep_shown(sample: Sample) -> None:  # a native A2D2 prediction has 2 MB, and there are twenty rows
+        predictions = {name: ids for name, ids in sample.predictions.items() if name in shown}
+        samples.append(replace(sample, predictions=predictions))
+
     results = run_rows(
         config,
         index,
@@ -63,7 +70,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         device,
         ceilings=ceilings,
         keep=spread_frames(frames, settings.overlays),
-        on_sample=samples.append,
+        on_sample=keep_shown,
         chosen=chosen,
     )
     write_evaluation(folder, config, zoo, results, rows, samples, subsets, index)

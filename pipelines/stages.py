@@ -243,9 +243,7 @@ def replace_references(value, folders: dict[str, str]):
 def ingredients_of(stage: Stage) -> dict[str, object]:
     """All that the result depends on, flat: config values, code version, data manifest, hashes of weights."""
     config = {
-        key: value
-        for key, value in flatten(stage.config.resolved()).items()
-        if key not in PLACES and key.split(".")[0] not in ("experts", "baselines", "gates")
+        key: value for key, value in flatten(stage.config.resolved()).items() if matters(key, stage.kind)
     }
     return {
         **{f"config.{key}": value for key, value in config.items()},
@@ -253,6 +251,15 @@ def ingredients_of(stage: Stage) -> dict[str, object]:
         "data": data_hash(stage.config),
         **{f"weights.{role}": weights_hash(path) for role, path in stage.weights.items()},
     }
+
+
+def matters(key: str, kind: str) -> bool:
+    """Whether a config key belongs to a stage's key: what it takes in stands there as hashes, and what is
+    evaluated how is nothing to a training, but for the classes that its validation counts."""
+    section = key.split(".")[0]
+    if key in PLACES or section in ("experts", "baselines", "gates"):
+        return False
+    return section != "evaluate" or kind == "evaluate" or key == "evaluate.absent"
 
 
 def key_of(ingredients: dict[str, object]) -> str:

@@ -60,7 +60,7 @@ def _evaluation_part(folder: Folder) -> dict:
     if not matrix:
         raise UserError(f"{folder.path / 'matrix.csv'}: missing; evaluate again with --overwrite")
     subsets = [column[len("miou_common_") :] for column in matrix[0] if column.startswith("miou_common_")]
-    members = [subset for subset in subsets if subset != "all"]
+    members = [subset for subset in subsets if subset != "all"] or subsets
     gate = chosen_gate(results)
     classwise = [name for name in results.names("gate") if results.weights[name].shape[2] > 1]
     by_class = gate if gate in classwise else next(iter(classwise), "")
@@ -83,7 +83,7 @@ def _evaluation_part(folder: Folder) -> dict:
         "histograms": _embed(charts.gate_histograms(results, members)) if gate else "",
         "by_class": by_class,
         "by_class_chart": _embed(charts.gate_by_class(results, by_class, members)) if by_class else "",
-        "overlays": _overlays(folder.path / "overlays", members),
+        "overlays": _overlays(folder.path / "overlays", results.subset_names),
     }
 
 

@@ -24,6 +24,7 @@ from engine.checkpoints import load_metadata, load_state, load_weights, save_sta
 from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
 from engine.losses import cross_entropy
+from engine.steps import compute_gradients
 
 CROSS_ENTROPY = cross_entropy(None, 255)
 
@@ -196,6 +197,14 @@ def test_phases_take_turns_on_the_same_batch_each_with_its_own_parameters(tmp_pa
         first_phase = torch.equal(images, next_images)  # the two phases of one batch
         assert torch.equal(one, next_one) != first_phase
         assert torch.equal(two, next_two) == first_phase
+
+
+def test_a_phase_gives_no_gradient_to_parameters_of_others():
+    model = Pair()
+    batch = next(Batches().epoch(0))
+    compute_gradients(pair_of_phases(model, 9)[0], model, [(batch.images, batch.labels.long())])
+    assert all(parameter.grad is not None for parameter in model.one.parameters())
+    assert all(parameter.grad is None for parameter in model.two.parameters())
 
 
 def test_two_phases_are_the_plain_alternating_loop(tmp_path):

@@ -127,7 +127,7 @@ def test_oracles_on_four_pixels():
 
 
 def test_a_class_that_the_experts_agree_on_wins_where_they_differ_on_the_others():
-    """2 0 1 and 0 2 1: the third class is no expert's and not the mean's, but wins with the smaller logits."""
+    """2 0 1 and 0 2 1: the third class is no expert's nor the mean's, but wins against the smaller logits."""
     logits = torch.tensor([[2.0, 0, 1], [0, 2, 1]])[None, :, :, None, None]
     labels = torch.tensor([[[2]]])
     assert best_gate_classwise(logits, labels).item() == 2

@@ -30,7 +30,7 @@ def results(absent="nan"):
     expert = np.zeros((4, 3, 3), np.int32)
     expert[0] = [[6, 0, 0], [0, 2, 0], [0, 0, 0]]
     expert[1] = [[4, 0, 0], [0, 2, 0], [2, 0, 0]]
-    expert[2] = [[3, 1, 0], [2, 2, 0], [0, 0, 0]]
+    expert[2] = [[6, 2, 0], [4, 4, 0], [0, 0, 0]]
     expert[3] = [[8, 0, 0], [0, 0, 0], [0, 0, 0]]
     router = expert.copy()
     router[3] = 0
@@ -42,7 +42,7 @@ def results(absent="nan"):
         RowInfo(FLOOR, "floor"),
     )
     weights = np.zeros((4, 2, 3), np.float32)
-    weights[:, 0] = np.array([0.9, 0.7, 0.2, 0.5])[:, None] + np.array([0, 0.1, -0.1])
+    weights[:, 0] = np.array([0.9, 0.7, 0.2, 0.5])[:, None] + np.array([0, 0.1, -0.2])
     weights[:, 1] = 1 - weights[:, 0]
     matrices = np.stack([expert, expert, expert, router])
     return Results(
@@ -67,9 +67,11 @@ def test_every_figure_of_a_row_by_hand():
     assert value(rows, "highway", "urban", "classes_counted") == 2
     assert value(rows, "highway", "highway", "aacc") == pytest.approx(14 / 16)
     assert value(rows, "highway", "highway", "aacc_image_mean") == pytest.approx((1 + 6 / 8) / 2)
+    assert value(rows, "highway", "all", "aacc") == pytest.approx(24 / 32)
+    assert value(rows, "highway", "all", "aacc_image_mean") == pytest.approx((1 + 6 / 8 + 10 / 16) / 3)
     assert value(rows, "highway", "urban", "macc") == pytest.approx((3 / 4 + 2 / 4) / 2)
     assert value(rows, "highway", "fog", "fwiou") == 1
-    assert value(rows, "highway", "all", "iou", "road") == pytest.approx(13 / 18)
+    assert value(rows, "highway", "all", "iou", "road") == pytest.approx(16 / 24)
     assert value(rows, "labels", "all", "images", "rail_1") == 1
     assert value(rows, "labels", "highway", "images", "road") == 2
     assert all(row["units"] == {"highway": 1, "all": 2}.get(row["subset"], 1) for row in rows)
@@ -114,7 +116,7 @@ def test_files_hold_fractions_in_csv_and_percent_elsewhere(tmp_path):
     (road,) = [
         r for r in rows if (r["model"], r["subset"], r["metric"], r["class"]) == ("moe", "all", "iou", "road")
     ]
-    assert float(road["value"]) == 13 / 18  # not a digit lost
+    assert float(road["value"]) == 16 / 24  # not a digit lost
     empty = ("corruption", "severity", "suite", "attack", "eps", "ci_low", "ci_high", "passes_per_image")
     assert all(row[column] == "" for row in rows for column in empty)
     with open(tmp_path / "matrix.csv", newline="") as file:
@@ -155,14 +157,17 @@ def test_gate_rows_per_subset_class_and_expert():
     rows = gate_rows(results(), ["highway", "urban"], {"moe": 0.5})
     by_key = {(row["subset"], row["class"], row["expert"]): row for row in rows}
     assert len(rows) == 2 * 4 * 2
-    assert by_key["highway", "", "highway"]["mean"] == pytest.approx(0.8)
-    assert by_key["urban", "", "highway"]["mean"] == pytest.approx(0.2)
+    assert by_key["highway", "", "highway"]["mean"] == pytest.approx(0.8 - 0.1 / 3)
+    assert by_key["urban", "", "highway"]["mean"] == pytest.approx(0.2 - 0.1 / 3)
     assert by_key["highway", "sky", "highway"]["mean"] == pytest.approx(0.9)
     assert by_key["highway", "sky", "highway"]["std"] == pytest.approx(0.1)
-    assert by_key["urban", "rail_1", "urban"]["mean"] == pytest.approx(0.9)
+    assert by_key["urban", "rail_1", "urban"]["mean"] == pytest.approx(1)
     assert by_key["highway", "", "urban"]["dead_share"] == 0.5
     assert by_key["highway", "", "urban"]["n_images"] == 2
-    assert not any(row["collapsed"] for row in rows)
+    assert [key for key, row in by_key.items() if row["collapsed"]] == [
+        ("urban", "rail_1", "highway"),
+        ("urban", "rail_1", "urban"),
+    ]
 
 
 def matrix_file(folder, values):
@@ -194,6 +199,7 @@ def test_seeds_tell_what_is_wrong(tmp_path, capsys):
     for folders, message in (
         (["a"], "at least two"),
         (["a", "a"], "each once"),
+        (["a", "two/x", "a"], "each once"),
         (["a", "nowhere"], "no matrix.csv"),
         (["a", "two"], "several evaluations"),
         (["a", "other"], "other columns"),

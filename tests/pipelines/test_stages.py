@@ -173,6 +173,16 @@ def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch):
     ]
 
 
+def test_what_is_evaluated_changes_no_training_but_how_absent_classes_count_does(folder):
+    def keys(*overrides):
+        built = module.build_stages(load(folder / "pipeline.yaml", overrides))
+        return {name: module.ingredients_of(built[name]) for name in ("day", "evaluation")}
+
+    before, overlays, absent = keys(), keys("set={evaluate.overlays: 3}"), keys("set={evaluate.absent: zero}")
+    assert overlays["day"] == before["day"] and overlays["evaluation"] != before["evaluation"]
+    assert absent["day"] != before["day"]
+
+
 def test_records_survive_as_json(folder):
     records = module.Records(folder / "stages.json")
     records.write("day", {"key": "a", "done": True})

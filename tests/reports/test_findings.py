@@ -1,5 +1,7 @@
 """Sentences follow from the numbers, whichever way these turn out."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from reports.findings import chosen_gate, findings, main_subset
@@ -21,6 +23,22 @@ def test_experts_are_compared_at_home(results_of):
     lines = headlines(results_of())
     assert lines[0] == f"On highway the highway expert is {margin} above the urban expert."
     assert lines[1] == f"On urban the urban expert is {margin} above the highway expert."
+
+
+def test_only_experts_from_elsewhere_are_rivals(results_of):
+    results = results_of(experts=("highway", "urban", "fog"))
+    wider = [replace(row, home=("urban", "fog")) if row.name == "fog" else row for row in results.rows]
+    lines = headlines(replace(results, rows=tuple(wider)))
+    assert [line for line in lines if line.startswith("On urban the urban")] == [
+        f"On urban the urban expert is {iou(0.9) - iou(0.5):.2f} points above the highway expert."
+    ]
+    alone = [replace(row, home=("highway", "urban")) for row in results.rows]
+    assert not any(" expert is " in line for line in headlines(replace(results, rows=tuple(alone))))
+
+
+def test_a_control_that_is_not_defined_is_no_rival(results_of):
+    (verdict, *_) = findings(results_of(), ["fog"])
+    assert "control" not in verdict.detail
 
 
 def test_a_gate_above_everything_and_one_below(results_of):

@@ -79,7 +79,8 @@ def test_the_matrix_with_its_marks(tmp_path, results_of):
     assert "abroad" in expert[2][1] and "best" not in expert[2][1]
     assert "home" not in expert[3][1] + expert[4][1] and "abroad" not in expert[3][1] + expert[4][1]
     assert [cell for cell, _ in page.row("true subset")[1:5]] == ["81.82", "81.82", "81.82", "-"]
-    assert not any("best" in marks for _, marks in page.row("best gate, simple"))
+    for name in ("best gate, simple", "true subset"):
+        assert not any("best" in marks for _, marks in page.row(name))
     assert [cell for cell, _ in page.row("moe_simple")[9:]] == [
         "8.91 M",
         "112 345",
@@ -93,7 +94,7 @@ def test_the_matrix_with_its_marks(tmp_path, results_of):
 
 
 def test_the_page_is_self_contained_and_real_data_get_no_warning(tmp_path, results_of):
-    folder = evaluation_folder(tmp_path / "eval", results_of(dataset="camvid"))
+    folder = evaluation_folder(tmp_path / "eval", results_of(dataset="camvid"), subsets=["all"])
     (folder / "overlays").mkdir()
     for name in ("urban_b.png", "highway_a.png"):
         (folder / "overlays" / name).write_bytes(b"\x89PNG" + name.encode())
@@ -126,9 +127,10 @@ def test_other_evaluations_than_the_usual_one(tmp_path, results_of):
     three = evaluation_folder(tmp_path / "three", results_of(experts=("highway", "urban", "fog")))
     alone = evaluation_folder(tmp_path / "alone", results_of(experts=(), gates=()))
     no_gate = evaluation_folder(tmp_path / "no_gate", results_of(gates=()), subsets=["fog", "highway"])
-    write_report([three, alone, no_gate], [], tmp_path / "report.html")
+    whole = evaluation_folder(tmp_path / "whole", results_of(), subsets=["all"])
+    write_report([three, alone, no_gate, whole], [], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
-    assert all(name in page.text for name in ("three", "alone", "no_gate", "weight of fog"))
+    assert all(name in page.text for name in ("three", "alone", "no_gate", "whole", "weight of fog"))
 
 
 def test_missing_folders_are_told_and_nothing_is_written(tmp_path, results_of):
