@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from dataloaders.frames import Frame, FrameIndex
-from dataloaders.loader import eval_loader
 from dataloaders.transforms import valid_window
 from engine.checkpoints import atomic_write
 from engine.config import Evaluation, Run, UserError, dump
@@ -21,7 +20,7 @@ from evaluation.rows import Ceilings, Row, constant_row
 from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
-from pipelines.segmentation import pick_device, refuse_bad_data
+from pipelines.segmentation import evaluation_batches, pick_device, refuse_bad_data
 from reports.figures import overlay
 
 
@@ -90,16 +89,7 @@ def run_rows(
 ) -> Results:
     """One pass of evaluation.evaluate under the config's protocol."""
     data, settings = config.data, config.evaluate
-    batches = eval_loader(
-        index,
-        frames,
-        image_size=data.image_size,
-        resize=data.resize,
-        cache_dir=data.cache_dir,
-        batch_size=settings.batch_size,
-        workers=data.workers,
-        resolution=settings.resolution,
-    )
+    batches = evaluation_batches(data, index, frames, settings.batch_size, settings.resolution)
     protocol = Protocol(
         dataset=index.name,
         split=split,

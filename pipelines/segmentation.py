@@ -12,7 +12,7 @@ from torch import nn
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
-from engine.config import Run, UserError
+from engine.config import Data, Run, UserError
 from engine.loop import Phase, Result, fit, optimizer_steps, supervised
 from engine.randomness import seed_everything
 from engine.runs import RunFolder, check_run_folder
@@ -168,17 +168,7 @@ def validator(config: Run, index: FrameIndex, frames: Sequence[Frame], device: t
     """validate(model) -> every metric on the validation frames at the network's resolution.
 
     Absent classes count as evaluate.absent says."""
-    data = config.data
-    batches = eval_loader(
-        index,
-        frames,
-        image_size=data.image_size,
-        resize=data.resize,
-        cache_dir=data.cache_dir,
-        batch_size=config.train.batch_size,
-        workers=data.workers,
-        resolution="network",
-    )
+    batches = evaluation_batches(config.data, index, frames, config.train.batch_size, "network")
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
 
     def validate(model: nn.Module) -> dict[str, float]:
@@ -196,6 +186,22 @@ def validator(config: Run, index: FrameIndex, frames: Sequence[Frame], device: t
         return figures(counts.cpu().numpy(), config.evaluate.absent)
 
     return validate
+
+
+def evaluation_batches(
+    data: Data, index: FrameIndex, frames: Sequence[Frame], batch_size: int, resolution: str
+):
+    """The frames in their order, as the config's data section says they reach a network."""
+    return eval_loader(
+        index,
+        frames,
+        image_size=data.image_size,
+        resize=data.resize,
+        cache_dir=data.cache_dir,
+        batch_size=batch_size,
+        workers=data.workers,
+        resolution=resolution,
+    )
 
 
 def figures(matrix: numpy.ndarray, absent: str) -> dict[str, float]:

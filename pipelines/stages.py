@@ -1,21 +1,16 @@
 """A pipeline: its stages run through the same functions as the scripts, and only where their key changed."""
 
 import hashlib
-import io
 import json
-import os
-import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from engine.checkpoints import atomic_write, load_metadata
 from engine.config import Evaluation, Pipeline, Run, UserError, load, references
+from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
 VERSIONS = {"train": 1, "evaluate": 1}
@@ -96,7 +91,7 @@ def run_stages(chosen: Sequence[Stage], records: "Records", options, jobs: int) 
     After a failure no further stage starts; those that run are finished and recorded first."""
     waiting, ran, failure = list(chosen), [], None
     running: dict[Future, tuple[Stage, dict]] = {}
-    with worker_pool(jobs) as pool:
+    with workers(jobs) as submit:
         while running or (waiting and failure is None):
             unfinished = {stage.name for stage in waiting} | {stage.name for stage, _ in running.values()}
             ready = [stage for stage in waiting if not unfinished & set(stage.needs)]
@@ -108,8 +103,8 @@ def run_stages(chosen: Sequence[Stage], records: "Records", options, jobs: int) 
                     continue
                 print(f"{stage.name}: {'; '.join(state.reasons)}", flush=True)
                 record = start_record(stage, records)
-                job = run_stage if jobs == 1 else run_stage_beside_others
-                running[pool.submit(job, stage, state.resumable, options.device)] = (stage, record)
+                future = submit(stage.name, run_stage, stage, state.resumable, options.device)
+                running[future] = (stage, record)
                 ran.append(stage.name)
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 stage, record = running.pop(future)
@@ -146,60 +141,6 @@ def run_stage(stage: Stage, resume: bool, device: str) -> float:
     start = time.perf_counter()
     function_of(stage.kind)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
     return time.perf_counter() - start
-
-
-def run_stage_beside_others(stage: Stage, resume: bool, device: str) -> float:
-    """run_stage, every line of its output opening with the stage's name."""
-    with redirect_stdout(Labelled(sys.stdout, stage.name)), redirect_stderr(Labelled(sys.stderr, stage.name)):
-        return run_stage(stage, resume, device)
-
-
-class Labelled(io.TextIOBase):
-    """Passes whole lines on to a stream, each behind a label. Never a terminal, so no bars are drawn."""
-
-    def __init__(self, stream, label: str):
-        self.stream, self.label, self.line = stream, label, ""
-
-    def write(self, text: str) -> int:
-        *lines, self.line = (self.line + text).split("\n")
-        for line in lines:
-            self.stream.write(f"{self.label} | {line}\n")
-        self.stream.flush()
-        return len(text)
-
-
-@contextmanager
-def worker_pool(jobs: int) -> Iterator[Executor]:
-    """Processes that share the cores between them; for one job this process itself, with all of them.
-
-    Several processes of few threads get more done than one of many where the networks are small."""
-    if jobs == 1:
-        yield InThisProcess()
-        return
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), prepare_worker, (threads,)) as pool:
-        yield pool
-
-
-def prepare_worker(threads: int) -> None:
-    """Ctrl-C reaches every process of the terminal; a worker heeds it while it trains, and saves its state."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    import torch
-
-    torch.set_num_threads(threads)
-
-
-class InThisProcess(Executor):
-    """Runs what is submitted at once."""
-
-    def submit(self, function, /, *args) -> Future:
-        future: Future = Future()
-        try:
-            future.set_result(function(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
 
 
 def build_stages(config: Pipeline) -> dict[str, Stage]:

@@ -24,7 +24,7 @@ from engine.checkpoints import load_metadata, load_state, load_weights, save_sta
 from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
 from engine.losses import cross_entropy
-from engine.steps import compute_gradients
+from engine.steps import Watch, compute_gradients
 
 CROSS_ENTROPY = cross_entropy(None, 255)
 
@@ -376,9 +376,10 @@ def test_bad_numbers_stop_with_step_loss_and_frames_and_spoil_nothing(
     tmp_path, monkeypatch, at_once, value, words
 ):
     monkeypatch.setattr(loop, "_looks_at_every_step", lambda device: at_once)
-    kept = []
+    kept, fetched = [], []
 
     def keep(epoch, index):
+        fetched.append((epoch, index))
         if (epoch, index) == (1, 2):  # before the bad step 9: the state of step 8
             kept.append((tmp_path / "a/checkpoints/last.pt").read_bytes())
 
@@ -389,8 +390,17 @@ def test_bad_numbers_stop_with_step_loss_and_frames_and_spoil_nothing(
     assert "frames of the batch: frame_1_8, frame_1_9, frame_1_10, frame_1_11. " in message
     assert "last.pt holds the state before" in message
     assert [(tmp_path / "a/checkpoints/last.pt").read_bytes()] == kept
+    assert fetched[-1] == ((1, 2) if at_once else (1, 5))
     _, run, _ = train(tmp_path / "a", phases=broken_from(1000, "nan"), resume=True)
     assert len(rows(run)) == 3
+
+
+def test_a_look_waits_only_for_the_steps_since_the_last(tmp_path):
+    watch = Watch(tmp_path / "last.pt")
+    for step in range(3):
+        watch.add(f"step {step}", [], torch.tensor([1.0, 2.0, 3.0]))
+        assert len(watch.steps) == 1
+        watch.look()
 
 
 def test_bad_numbers_before_the_first_save(tmp_path):

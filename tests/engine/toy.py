@@ -61,6 +61,7 @@ class Batches:
         return self.count
 
     def epoch(self, epoch: int, start: int = 0):
+        assert start < self.count, "asked for an epoch that is over"
         torch.rand(3)  # a DataLoader draws its base seed here
         for index in range(start, self.count):
             if self.hook:
