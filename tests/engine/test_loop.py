@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import toy
@@ -24,6 +25,7 @@ from engine.checkpoints import load_metadata, load_state, load_weights, save_sta
 from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
 from engine.losses import cross_entropy
+from engine.randomness import random_state, seed_everything, set_random_state
 from engine.steps import Watch, compute_gradients
 
 CROSS_ENTROPY = cross_entropy(None, 255)
@@ -488,6 +490,20 @@ def test_loader_workers_that_die_of_the_same_signal_do_no_harm(tmp_path, uninter
         train(tmp_path / "run", batches=Batches(hook=die), **toy.KILLED)
     train(tmp_path / "run", resume=True, **toy.KILLED)
     assert outcome(tmp_path / "run") == uninterrupted
+
+
+def test_every_generator_goes_back_to_where_it_was(tmp_path):
+    def draw():
+        return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()
+
+    seed_everything(5)
+    first = draw()
+    save_state(tmp_path / "state", random_state())
+    second = draw()
+    set_random_state(load_state(tmp_path / "state"))
+    assert draw() == second != first
+    seed_everything(5)
+    assert draw() == first
 
 
 def test_a_second_signal_does_not_wait_and_the_old_handlers_come_back():

@@ -1,16 +1,25 @@
 """Stages run when something they depend on changed, and never otherwise."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
+from engine.checkpoints import load_state
 from engine.config import UserError, load
 from pipelines import stages as module
 from pipelines.cli import Options
 from tests.pipelines.conftest import expert_config, gate_config, write_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -129,6 +138,26 @@ def test_jobs_side_by_side_give_the_same_weights_and_label_their_lines(folder, c
     told = capfd.readouterr().out
     assert "night | epoch 1/1 done" in told and "evaluation: finished" in told
     assert (folder / "runs/both/day/checkpoints/best.safetensors").read_bytes() == alone
+
+
+def test_interrupt_of_jobs_side_by_side_saves_and_goes_on(folder):
+    """Ctrl-C on a terminal reaches the pipeline and its workers alike."""
+    change(folder / "expert.yaml", "train.epochs", 30)
+    change(folder / "expert.yaml", "train.save_steps", 1)
+    command = [sys.executable, "run_pipeline.py", str(folder / "pipeline.yaml"), "jobs=2", "--device", "cpu"]
+    states = [folder / f"runs/line/{name}/checkpoints/last.pt" for name in ("day", "night")]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not all(state.exists() for state in states):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate()[1]
+    assert process.returncode == 130, told
+    assert "Traceback" not in told
+    steps = [load_state(state)["position"]["step"] for state in states]
+    assert all(0 < step < 60 for step in steps)
+    run(folder, "jobs=2", only="day")
+    assert load_state(states[0])["position"]["step"] == 60
 
 
 def test_failing_stage_stops_the_pipeline_but_not_what_runs_beside_it(folder, capsys, monkeypatch):
