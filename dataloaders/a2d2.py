@@ -17,6 +17,7 @@ from engine.config import Size, UserError
 # seconds and some 10 to 50 labelled frames, enough road for two blocks to look different.
 BLOCK_LENGTH = 1000
 
+ROWS_AT_ONCE = 128  # so that what lies between colours and ids stays in the processor's cache
 KNOWN_IGNORED = 254  # look-up value of a known colour that the class map ignores; an unknown colour is 255
 
 LIST_HELP = (
@@ -98,7 +99,11 @@ def read_colour_label(path: Path, ids: tuple[tuple[int, int], ...]) -> tuple[np.
 
 def colours_to_ids(label: np.ndarray, ids: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, int]:
     """As read_colour_label, for a decoded label: uint8 [H, W, 3] in cv2's order (B, G, R)."""
-    mapped = lookup_table(ids).take(packed_colours(label))
+    table = lookup_table(ids)
+    mapped = np.empty(label.shape[:2], np.uint8)
+    for row in range(0, len(label), ROWS_AT_ONCE):
+        rows = slice(row, row + ROWS_AT_ONCE)
+        mapped[rows] = table.take(packed_colours(label[rows]))
     unknown = np.count_nonzero(mapped == IGNORE)
     if any(class_id == IGNORE for _, class_id in ids):
         mapped[mapped == KNOWN_IGNORED] = IGNORE
