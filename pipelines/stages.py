@@ -190,6 +190,7 @@ def ingredients_of(stage: Stage) -> dict[str, object]:
         **{f"config.{key}": value for key, value in config.items()},
         "version": VERSIONS[stage.kind],
         "data": data_hash(stage.config),
+        **pretrained_hash(stage.config),
         **{f"weights.{role}": weights_hash(path) for role, path in stage.weights.items()},
     }
 
@@ -229,6 +230,13 @@ def weights_hash(path: str) -> str | None:
 
     file = weights_file(path)
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
+
+
+def pretrained_hash(config: Run | Evaluation) -> dict[str, str]:
+    """{"weights.pretrained": SHA-256 of the file that a network starts from}, nothing where it is no file."""
+    network = getattr(config, "network", None)
+    file = Path(str(network.args.get("pretrained"))) if network else Path()
+    return {"weights.pretrained": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
 def result_hash(stage: Stage) -> str | None:

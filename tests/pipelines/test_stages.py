@@ -202,6 +202,18 @@ def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch):
     ]
 
 
+def test_another_pretrained_file_under_the_same_name_changes_the_key(folder):
+    file = folder / "encoder.pth"
+    file.write_bytes(b"one")
+    change(folder / "expert.yaml", "network.pretrained", str(file))
+    stage = module.build_stages(load(folder / "pipeline.yaml"))["day"]
+    before = module.ingredients_of(stage)
+    file.write_bytes(b"two")
+    assert [line.split(" changed")[0] for line in module.changes(before, module.ingredients_of(stage))] == [
+        "weights.pretrained"
+    ]
+
+
 def test_what_is_evaluated_changes_no_training_but_how_absent_classes_count_does(folder):
     def keys(*overrides):
         built = module.build_stages(load(folder / "pipeline.yaml", overrides))
