@@ -4,6 +4,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -206,7 +207,6 @@ def data_loader(source: Batches, order, workers: int) -> DataLoader:
             "persistent_workers": True,
             "prefetch_factor": PREFETCH,
             "multiprocessing_context": "fork" if sys.platform == "linux" else "spawn",
-            "worker_init_fn": leave_interrupts_to_parent,
         }
     return DataLoader(
         source,
@@ -224,7 +224,9 @@ def data_loader(source: Batches, order, workers: int) -> DataLoader:
 
 def batches_of(batches: "TrainBatches | EvalBatches") -> Iterator[Batch]:
     """One pass; ends the workers before it raises the UserError that one of them met."""
-    for batch in batches.loader:
+    with interrupts_held():
+        passing = iter(batches.loader)
+    for batch in passing:
         if isinstance(batch, str):
             break
         yield batch
@@ -238,9 +240,15 @@ def as_it_is(batch: Batch | str) -> Batch | str:
     return batch
 
 
-def leave_interrupts_to_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group, but only the main process knows how to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits until the end of the block. Processes and threads that begin in it never get one: Ctrl-C
+    reaches the whole process group, but only the main process knows how to end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def input_bytes(cache: FrameCache) -> int:

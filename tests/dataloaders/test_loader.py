@@ -1,5 +1,6 @@
 """Batches are a function of seed, epoch and step: workers and resuming don't change them."""
 
+import multiprocessing
 import os
 import signal
 from collections import namedtuple
@@ -159,6 +160,22 @@ def test_ctrl_c_does_not_reach_the_workers(data):
     for worker in batches.loader._iterator._workers:
         os.kill(worker.pid, signal.SIGINT)
     assert first + content(epoch) == content(training(data).epoch(0))
+
+
+def test_ctrl_c_while_workers_start_reaches_none_of_them_and_then_the_main_process(data, monkeypatch):
+    batches, start = training(data, workers=2), multiprocessing.context.ForkProcess.start
+
+    def start_under_fire(process):
+        start(process)
+        os.kill(process.pid, signal.SIGINT)  # before it has run a line of its own
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(multiprocessing.context.ForkProcess, "start", start_under_fire)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches.epoch(0))
+    workers = batches.loader._iterator._workers
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    assert content(batches.epoch(0)) == content(training(data).epoch(0))
 
 
 def test_fewer_frames_than_a_batch_is_refused(data):
