@@ -1,7 +1,8 @@
 """Losses as functions (logits, labels) -> (sum, count), so that micro-batches and processes can be added up.
-They never look at the rank of the labels: [B] classifies images, [B, H, W] segments them."""
+They never look at the rank of the labels: [B] classifies images, [B, H, W] segments them. Where a loss has the
+attribute `upsampled`, that is a quicker way to its value for bilinearly upsampled logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import NonNegative, PositiveInt, Probability, UserError
+from engine.upsampled import upsample, upsampled_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -30,14 +32,27 @@ def cross_entropy(
     """
     weights = _class_weights(class_pixels, class_weights)
 
-    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        on_device = None if weights is None else weights.to(logits.device)
-        losses = _pixel_losses(logits, labels, ignore_index, on_device, label_smoothing)
-        labelled = labels != ignore_index
-        if on_device is None:
-            return losses.sum(), labelled.sum()
-        return losses.sum(), (on_device[labels.where(labelled, 0)] * labelled).sum()
+    def on(device: torch.device) -> Tensor | None:
+        return None if weights is None else weights.to(device)
 
+    def count(labels: Tensor) -> Tensor:
+        labelled = labels != ignore_index
+        if weights is None:
+            return labelled.sum()
+        return (on(labels.device)[labels.where(labelled, 0)] * labelled).sum()
+
+    def loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        losses = _pixel_losses(logits, labels, ignore_index, on(logits.device), label_smoothing)
+        return losses.sum(), count(labels)
+
+    def upsampled(logits: Tensor, labels: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of logits [B, C, h, w] upsampled to the grid and cropped to the labels [B, H, W]."""
+        if logits.device.type != "cpu" or label_smoothing or tuple(logits.shape[-2:]) == tuple(grid):
+            return loss(upsample(logits.float(), grid, labels.shape[1:]), labels)
+        total = upsampled_cross_entropy(logits, labels, grid, ignore_index, on(logits.device))
+        return total, count(labels)
+
+    loss.upsampled = upsampled
     return loss
 
 

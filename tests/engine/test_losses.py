@@ -179,6 +179,45 @@ def test_memory_format_changes_nothing(loss):
     assert torch.stack(loss(other, labels)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["none", "balanced"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("grid", [(12, 14), (15, 21), (6, 7)], ids=["whole", "broken", "as they are"])
+def test_upsampled_cross_entropy_is_that_of_upsampled_logits(kind, smoothing, grid):
+    loss = cross_entropy(PIXELS, IGNORE, class_weights=kind, label_smoothing=smoothing)
+    logits, _ = batch()
+    _, labels = batch(shape=(grid[0] - 1, grid[1] - 2))
+    whole = F.interpolate(logits, size=grid, mode="bilinear", align_corners=False)[..., :-1, :-2]
+    assert torch.stack(loss.upsampled(logits, labels, grid)).tolist() == pytest.approx(
+        torch.stack(loss(whole, labels)).tolist(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", ["none", "balanced"])
+def test_an_upsampled_batch_without_labels_is_zero_with_zero_gradients(kind):
+    logits, _ = batch()
+    logits.requires_grad_()
+    labels = torch.full((3, 12, 14), IGNORE)
+    total, count = cross_entropy(PIXELS, IGNORE, class_weights=kind).upsampled(logits, labels, (12, 14))
+    total.backward()
+    assert (total.item(), count.item()) == (0, 0)
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_upsampling_is_left_out_where_it_does_not_pay(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        "engine.losses.upsampled_cross_entropy",
+        lambda logits, *_: taken.append(tuple(logits.shape)) or logits.sum(),
+    )
+    logits, _ = batch()
+    _, labels = batch(shape=(12, 14))
+    cross_entropy(None, IGNORE).upsampled(logits, labels[:, :6, :7], (6, 7))
+    cross_entropy(None, IGNORE, label_smoothing=0.1).upsampled(logits, labels, (12, 14))
+    assert not taken
+    cross_entropy(None, IGNORE).upsampled(logits, labels, (12, 14))
+    assert taken == [tuple(logits.shape)]
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "ohem", "dice", "cross_entropy_dice"])
 def test_every_loss_of_the_table_is_built_from_a_config(name):
     loss = component("engine:LOSSES", name).build(PIXELS, IGNORE)
