@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataloaders.cache import FrameCache, open_cache
 from dataloaders.cache_parts import say
 from dataloaders.frames import Frame, FrameIndex
-from dataloaders.transforms import ORDER, augmentation, augmented
+from dataloaders.transforms import ORDER, augmentation, augmented, was_flipped
 from engine.config import UserError
 
 SHARED_MEMORY = Path("/dev/shm")  # through which workers hand over their batches
@@ -29,11 +29,14 @@ class Batch:
     """`images` uint8 [B, 3, H, W], RGB, stored channels last; `labels` uint8 [B, H, W] at the network's size.
 
     `native_labels` are the uint8 [h, w] labels of the source where the evaluation needs them, None where the
-    labels at the network's size are those of the source or where they were not asked for."""
+    labels at the network's size are those of the source or where they were not asked for. `rows` are the
+    places of the frames in the loader's cache; `flipped` tells which of them the augmentation mirrored."""
 
     images: torch.Tensor
     labels: torch.Tensor
     frames: list[Frame]
+    rows: list[int]
+    flipped: list[bool]
     native_labels: list[torch.Tensor] | None = None
 
     def pin_memory(self) -> "Batch":
@@ -65,6 +68,7 @@ class Batches(Dataset):
         size = self.cache.image_size
         images = np.empty((len(samples), *size, 3), np.uint8)
         labels = np.empty((len(samples), *size), np.uint8)
+        flipped = []
         for place, (epoch, row) in enumerate(samples):
             images[place], labels[place] = augmented(
                 self.pipeline,
@@ -74,13 +78,15 @@ class Batches(Dataset):
                 epoch=epoch,
                 index=row,
             )
-        frames = [self.cache.frames[row] for _, row in samples]
-        native = [self.cache.native_sizes[row] for _, row in samples]
+            flipped.append(was_flipped(self.pipeline))
+        rows = [row for _, row in samples]
+        frames = [self.cache.frames[row] for row in rows]
+        native = [self.cache.native_sizes[row] for row in rows]
         native_labels = None
         if self.read_native is not None and not all(np.array_equal(shape, size) for shape in native):
             native_labels = [torch.from_numpy(self.read_native(frame.label)[0]) for frame in frames]
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-        return Batch(pixels, torch.from_numpy(labels), frames, native_labels)
+        return Batch(pixels, torch.from_numpy(labels), frames, rows, flipped, native_labels)
 
 
 class TrainOrder:
@@ -224,7 +230,7 @@ def data_loader(source: Batches, order, workers: int) -> DataLoader:
 
 def batches_of(batches: "TrainBatches | EvalBatches") -> Iterator[Batch]:
     """One pass; ends the workers before it raises the UserError that one of them met."""
-    with interrupts_held():
+    with without_interrupts():
         passing = iter(batches.loader)
     for batch in passing:
         if isinstance(batch, str):
@@ -241,8 +247,8 @@ def as_it_is(batch: Batch | str) -> Batch | str:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end of the block. Processes and threads that begin in it never get one: Ctrl-C
+def without_interrupts() -> Iterator[None]:
+    """Processes and threads that begin inside the block never get Ctrl-C, not even before their first line: it
     reaches the whole process group, but only the main process knows how to end."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

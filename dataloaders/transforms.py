@@ -148,6 +148,13 @@ def augmentation(augment, image_size: tuple[int, int]) -> albumentations.Compose
     )
 
 
+def only_flips(augment) -> bool:
+    """Whether training frames are, bit for bit, cached frames or their mirror images."""
+    if augment == "none":
+        return True
+    return tuple(augment.scale) == (1, 1) and not augment.color and not augment.blur
+
+
 def augmented(
     pipeline: albumentations.Compose,
     image: np.ndarray,
@@ -167,3 +174,10 @@ def augmented(
     pipeline.set_random_state(np.random.default_rng(for_numpy), random.Random(python_seed))
     changed = pipeline(image=image, mask=labels)
     return changed["image"], changed["mask"]
+
+
+def was_flipped(pipeline: albumentations.Compose) -> bool:
+    """Whether `augmented` has just mirrored a frame: a transform's parameters are those of the last call,
+    empty where chance left it out."""
+    flips = (step for step in pipeline.transforms if isinstance(step, albumentations.HorizontalFlip))
+    return any(step.params for step in flips)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator
 from engine.errors import Mistakes, wrong
 
 _FRACTION = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*/\s*([0-9.]+)", re.IGNORECASE)
+_BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(KB|MB|GB|TB)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)*")
 
 
@@ -20,6 +21,14 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(value)
     return float(value)
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a size such as "40GB", in powers of 1000; ValueError for anything else."""
+    match = _BYTES.fullmatch(text)
+    if not match:
+        raise ValueError(text)
+    return round(float(match[1]) * 1000 ** (1 + ("KB", "MB", "GB", "TB").index(match[2].upper())))
 
 
 def _size(value: Any) -> tuple[int, int]:
@@ -61,6 +70,7 @@ Bool = Annotated[bool, _typed("true or false", _exactly(bool))]
 Text = Annotated[str, _typed("text (a number or true in quotes)", _exactly(str), bool)]
 Name = Annotated[str, _typed("a name of letters, digits and _ - . /", _exactly(str), _NAME.fullmatch)]
 Subsets = Annotated[list[Text], AfterValidator(_each_once)]
+Bytes = Annotated[str, _typed("a size such as 40GB or 500MB", _exactly(str), byte_count)]
 
 Int = Annotated[int, _typed("a whole number", _exactly(int))]
 PositiveInt = Annotated[int, _typed("a whole number above 0", _exactly(int), lambda number: number > 0)]

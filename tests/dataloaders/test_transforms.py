@@ -17,9 +17,11 @@ from dataloaders.transforms import (
     augmentation,
     augmented,
     nearest,
+    only_flips,
     resize_image,
     resize_label,
     valid_window,
+    was_flipped,
 )
 
 NOTHING = {"scale": (1.0, 1.0), "flip": 0.0, "color": 0.0, "blur": 0.0}
@@ -137,6 +139,34 @@ def test_a_flip_turns_image_and_label():
     image, labels = noise(6, 8)
     flipped = augmented(pipeline((6, 8), flip=1.0), image, labels, seed=1, epoch=2, index=3)
     assert np.array_equal(flipped[0], image[:, ::-1]) and np.array_equal(flipped[1], labels[:, ::-1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"flip": 0.5}, True),
+        ({"flip": 1.0, "scale": [1, 1]}, True),
+        ({"scale": (1.0, 1.1)}, False),
+        ({"scale": (0.9, 1.0)}, False),
+        ({"color": 0.1}, False),
+        ({"blur": 0.1}, False),
+    ],
+)
+def test_only_flips_says_whether_frames_are_shown_as_they_are_or_mirrored(changes, expected):
+    augment = SimpleNamespace(**{**NOTHING, **changes})
+    assert only_flips(augment) is expected
+    image, labels = noise(16, 18)
+    pipeline, found = augmentation(augment, (16, 18)), []
+    for index in range(40):
+        changed = augmented(pipeline, image, labels, seed=3, epoch=0, index=index)
+        sides = image[:, ::-1] if was_flipped(pipeline) else image
+        found.append(np.array_equal(changed[0], sides))
+    assert all(found) == expected
+
+
+def test_no_augmentation_only_flips_and_never_does():
+    assert only_flips("none") and not was_flipped(augmentation("none", (6, 8)))
 
 
 @given(scale=st.floats(0.3, 3.0), axis=st.integers(0, 1), index=st.integers(0, 9))
