@@ -2,11 +2,13 @@
 
 NETWORKS = {
     "deeplabv3plus": "networks.deeplab:DeepLabV3Plus",
+    "frrn": "networks.frrn:FRRN",
 }
 
 GATES = {
     "simple": "networks.gates:SimpleGate",
     "classwise": "networks.gates:ClasswiseGate",
+    "spatial": "networks.spatial_gate:SpatialGate",
     "uniform": "networks.gates:UniformGate",
 }
 

@@ -1,7 +1,7 @@
 """DeepLabv3+ on segmentation_models_pytorch: any of its encoders, any input size, images in [0, 1]."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import segmentation_models_pytorch as smp
 import torch
@@ -13,6 +13,13 @@ from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
 
 ATROUS_RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
+
+
+class Encoded(NamedTuple):
+    """What the decoder is made of, on the padded grid."""
+
+    low_level: torch.Tensor  # [B, F', h / 4, w / 4]
+    features: torch.Tensor  # [B, 256, h / 16, w / 16] (h / 8, w / 8 at output stride 8): ASPP output
 
 
 class DeepLabV3Plus(nn.Module):
@@ -40,6 +47,15 @@ class DeepLabV3Plus(nn.Module):
 
     stride = 16  # inputs are padded to multiples of it
     feature_channels = 256
+    decoder_parts = (  # the modules of `decode`; all others are the encoder's
+        "network.decoder.aspp.1",
+        "network.decoder.aspp.2",
+        "network.decoder.aspp.3",
+        "network.decoder.up",
+        "network.decoder.block1",
+        "network.decoder.block2",
+        "network.segmentation_head",
+    )
 
     def __init__(
         self,
@@ -94,17 +110,25 @@ class DeepLabV3Plus(nn.Module):
         h and w are the padded height and width; at output stride 8 the ASPP output has h / 8 and w / 8.
         Raises UserError for a batch of one in training.
         """
+        encoded = self.encode(images)
+        return self.decode(encoded), encoded.features
+
+    def encode(self, images: torch.Tensor) -> Encoded:
+        """All up to the ASPP output, the gate's feature. Raises UserError for a batch of one in training."""
         if self.training and len(images) == 1:
             raise UserError(
                 "train.batch_size: DeepLabv3+ can't be trained on a batch of 1 image: BatchNorm of ASPP's "
                 "pooled branch needs at least 2 values per channel"
             )
+        maps = self.network.encoder(pad_to(self.normalize(images), self.stride))
+        return Encoded(maps[2], self.aspp(maps[-1]))
+
+    def decode(self, encoded: Encoded) -> torch.Tensor:
+        """Logits [B, num_classes, h / 4, w / 4] of what `encode` gave; a single image will do."""
         decoder = self.network.decoder
-        encoded = self.network.encoder(pad_to(self.normalize(images), self.stride))
-        features = self.aspp(encoded[-1])
-        high_level = decoder.up(decoder.aspp[1:](features))
-        decoded = decoder.block2(torch.cat([high_level, decoder.block1(encoded[2])], dim=1))
-        return self.network.segmentation_head(decoded), features
+        high_level = decoder.up(decoder.aspp[1:](encoded.features))
+        decoded = decoder.block2(torch.cat([high_level, decoder.block1(encoded.low_level)], dim=1))
+        return self.network.segmentation_head(decoded)
 
 
 class GlobalMean(nn.Module):

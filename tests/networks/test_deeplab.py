@@ -83,6 +83,25 @@ def test_aspp_runs_once_per_pass_also_in_a_mixture(network):
     assert torch.equal(features, aspp)
 
 
+def test_tensors_have_the_names_that_checkpoints_know(network):
+    theirs = smp.DeepLabV3Plus("mobilenet_v2", encoder_weights=None, decoder_aspp_separable=False, classes=5)
+    names = {"normalize.mean", "normalize.std", *(f"network.{name}" for name in theirs.state_dict())}
+    assert network.state_dict().keys() == names
+
+
+def test_what_is_decoded_is_what_was_encoded(network):
+    """The decoder reads nothing but the state, image by image, also a single one in training."""
+    images = torch.rand(3, 3, 40, 64)
+    with torch.no_grad():
+        logits, features = network.forward_features(images)
+        encoded = network.encode(images)
+        assert torch.equal(encoded.features, features) and torch.equal(network.decode(encoded), logits)
+        last = type(encoded)(*(part[2:] for part in encoded))
+        torch.testing.assert_close(network.decode(last), logits[2:], rtol=1e-4, atol=1e-5)
+        trained = DeepLabV3Plus(5, **TINY).train()
+        assert trained.decode(last).isfinite().all()
+
+
 def test_gradient_reaches_the_image_in_pixel_units(network):
     """The gradient is that of images in [0, 1], so it is 1 / std of the one behind the normalisation."""
     images = torch.rand(1, 3, 32, 32, requires_grad=True)

@@ -7,7 +7,7 @@ from torch import nn
 
 from engine.config import UserError
 from networks.gates import ClasswiseGate, SimpleGate, UniformGate
-from networks.moe import Frozen, MixtureOfExperts
+from networks.moe import ExpertOutputs, Frozen, MixtureOfExperts
 from networks.resize import upsample
 
 GATES = [SimpleGate, ClasswiseGate]
@@ -24,6 +24,11 @@ def mixture(experts, gate=SimpleGate, num_classes=5, **keys):
 
 def images_of(height=33, width=50, number=2, dtype=torch.float32):
     return torch.rand(number, 3, height, width, dtype=dtype)
+
+
+def combined(model, expert_logits, weights, size):
+    """The mixture of given expert logits under given weights."""
+    return model.combine(ExpertOutputs(expert_logits, [], None, size), weights)[0]
 
 
 def random_weights(experts, classes, images=2):
@@ -87,7 +92,7 @@ def test_image_gradient_is_that_of_finite_differences(toy_experts, gate, keys):
     def slope(weights_of):
         leaf = images.clone().requires_grad_()
         inspected = model.inspect(leaf)
-        logits = model.combine_given(inspected.expert_logits, weights_of(inspected.weights), (33, 50))
+        logits = combined(model, inspected.expert_logits, weights_of(inspected.weights), (33, 50))
         (gradient,) = torch.autograd.grad((logits * probe).sum(), leaf)
         return (gradient * direction).sum().item()
 
@@ -108,7 +113,7 @@ def test_simple_gate_never_contradicts_experts_that_agree(toy_expert_of, seed, e
     torch.manual_seed(seed)
     model = mixture({str(i): toy_expert_of(classes) for i in range(experts)}, num_classes=classes)
     expert_logits = torch.randn(2, experts, classes, 16, 16, dtype=torch.float64)
-    mixed = model.combine_given(expert_logits, random_weights(experts, 1).double(), (50, 64)).argmax(1)
+    mixed = combined(model, expert_logits, random_weights(experts, 1).double(), (50, 64)).argmax(1)
     choices = torch.stack([upsample(one, (50, 64), 16).argmax(1) for one in expert_logits.unbind(1)])
     agree = (choices == choices[0]).all(dim=0)
     assert agree.any()
@@ -133,7 +138,7 @@ def toy_expert_of():
 def test_classwise_gate_sometimes_contradicts_experts_that_agree(toy_experts):
     model = mixture(toy_experts(2), ClasswiseGate)
     expert_logits = torch.randn(2, 2, 5, 64, 64)
-    mixed = model.combine_given(expert_logits, random_weights(2, 5), (64, 64)).argmax(1)
+    mixed = combined(model, expert_logits, random_weights(2, 5), (64, 64)).argmax(1)
     first, second = expert_logits.argmax(2).unbind(1)
     share = (mixed != first)[first == second].float().mean()
     assert 0 < share < 0.3
@@ -148,7 +153,7 @@ def test_classwise_mixing_depends_on_offsets_of_logits_and_simple_mixing_does_no
     def changed(classes, mix):
         model = mixture(experts, mix=mix)
         weights = random_weights(2, classes)
-        decisions = [model.combine_given(z, weights, (64, 64)).argmax(1) for z in (expert_logits, shifted)]
+        decisions = [combined(model, z, weights, (64, 64)).argmax(1) for z in (expert_logits, shifted)]
         return (decisions[0] != decisions[1]).float().mean().item()
 
     assert changed(1, "logits") < 1e-3  # rounding
@@ -187,15 +192,15 @@ def test_mixed_probabilities_against_the_formula(toy_experts):
     model = mixture(toy_experts(3), mix="probs")
     expert_logits, weights = torch.randn(2, 3, 5, 16, 16), random_weights(3, 5)
     expected = (weights * expert_logits.softmax(2)).sum(1).log()
-    torch.testing.assert_close(model.combine_given(expert_logits, weights, (16, 16)), expected)
+    torch.testing.assert_close(combined(model, expert_logits, weights, (16, 16)), expected)
 
 
 @pytest.mark.parametrize("mix", ["logits", "log_probs", "probs"])
 def test_stored_bf16_logits_are_mixed_in_float32(toy_experts, mix):
     model = mixture(toy_experts(3), mix=mix)
     expert_logits, weights = torch.randn(2, 3, 5, 16, 16).bfloat16(), random_weights(3, 5)
-    expected = model.combine_given(expert_logits.float(), weights, (16, 16))
-    assert torch.equal(model.combine_given(expert_logits, weights, (16, 16)), expected)
+    expected = combined(model, expert_logits.float(), weights, (16, 16))
+    assert torch.equal(combined(model, expert_logits, weights, (16, 16)), expected)
 
 
 def test_mixed_probabilities_stay_finite_where_they_underflow(toy_experts):
@@ -204,7 +209,7 @@ def test_mixed_probabilities_stay_finite_where_they_underflow(toy_experts):
     expert_logits[:, :, 0] = 500.0
     expert_logits[:, 1, 2] = 1000.0  # where the expert with the weight has a probability of exp(-500)
     weights = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1, 1).requires_grad_()
-    logits = model.combine_given(expert_logits, weights, (16, 16))
+    logits = combined(model, expert_logits, weights, (16, 16))
     assert logits.isfinite().all()
     torch.testing.assert_close(logits[:, 1] - logits[:, 0], torch.full((1, 16, 16), -500.0))
     logits.sum().backward()
@@ -260,7 +265,8 @@ def test_inspection_and_combine_come_from_one_pass_and_change_nothing(toy_expert
     inspected = model.inspect(images)
     assert [expert.passes for expert in experts.values()] == [1, 1, 1]
     kept = inspected.expert_logits.clone()
-    logits, weights = model.combine(inspected.expert_logits, inspected.features, (33, 50))
+    outputs = ExpertOutputs(inspected.expert_logits, inspected.features, None, (33, 50))
+    logits, weights = model.combine(outputs)
     assert torch.equal(logits, inspected.logits) and torch.equal(weights, inspected.weights)
     assert torch.equal(logits, model(images))
     assert torch.equal(inspected.expert_logits, kept)
@@ -269,6 +275,22 @@ def test_inspection_and_combine_come_from_one_pass_and_change_nothing(toy_expert
         assert torch.equal(inspected.expert_logits[:, index], expert_logits)
         assert torch.equal(inspected.features[index], features)
         assert torch.equal(upsample(inspected.expert_logits[:, index], (33, 50), 16), expert(images))
+
+
+@pytest.mark.parametrize("conv_at", ["logits", "full"])
+def test_the_mix_upsampled_to_its_grid_and_cropped_is_the_combination(toy_experts, conv_at):
+    model = mixture(toy_experts(2), conv=True, conv_at=conv_at)
+    nn.init.normal_(model.conv.weight)
+    outputs = model.run_experts(images_of(33, 50))
+    mixed, weights = model.mix(outputs)
+    assert mixed.shape == (2, 5, 12, 16) and model.grid(outputs.size) == (48, 64)
+    full = F.interpolate(mixed, size=model.grid((33, 50)), mode="bilinear")[..., :33, :50]
+    logits, routed = model.combine(outputs)
+    torch.testing.assert_close(logits, full if conv_at == "logits" else model.conv(full))
+    assert torch.equal(weights, routed)
+    given = random_weights(2, 1)
+    assert torch.equal(model.mix(outputs, given)[1], given)
+    assert torch.equal(model.combine(outputs, given)[0], model.forward_given(outputs.images, given))
 
 
 def test_a_single_expert_under_the_uniform_gate_is_that_expert(toy_experts):

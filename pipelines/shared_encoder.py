@@ -1,0 +1,137 @@
+"""Mixtures with a shared encoder: from configs and checkpoints, and their losses in separate and joint training."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoints import tensors_sha256
+from engine.config import Component, Gate, Run
+from engine.loop import images_of
+from networks.complexity import parameters
+from networks.moe import ExpertOutputs, gate_channels
+from networks.shared_encoder import SharedEncoderMixture
+from pipelines.models import Trained, load_tensors, mixture_arguments, stored_network
+
+PhaseParts = tuple[str, Callable, list[nn.Parameter]]  # name, loss(model, inputs, labels), what it trains
+
+
+@dataclass
+class OwnImages:
+    """Images, and for each the index of the decoder that it trains."""
+
+    images: Tensor  # [B, 3, H, W] in [0, 1]
+    decoders: list[int]
+
+
+def build(network: Component, gate: Gate, num_classes: int, names: Sequence[str]) -> SharedEncoderMixture:
+    """An untrained mixture with a decoder of each name, each with first weights of its own."""
+    bare = {"pretrained": "none"} if "pretrained" in network.args else {}
+    others = replace(network, args={**network.args, **bare})  # only their decoders are used
+    networks = {name: (others if place else network).build(num_classes) for place, name in enumerate(names)}
+    readers = networks if gate.input == "logits" else {names[0]: networks[names[0]]}  # one feature map
+    head = gate.build(gate_channels(readers, num_classes, gate.input), len(names), num_classes)
+    return SharedEncoderMixture(networks, head, num_classes, **mixture_arguments(gate))
+
+
+def description(config: Run, mixture: SharedEncoderMixture) -> dict:
+    """What its checkpoint says beside what every checkpoint says: all that it takes to build it again."""
+    normalize = mixture.encoder.normalize
+    return {
+        "network": config.network.plain(),
+        "gate": config.gate.plain(),
+        "shared_encoder": {**config.shared_encoder.plain(), "decoders": list(mixture.expert_names)},
+        "normalisation": {"mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist()},
+    }
+
+
+def from_checkpoint(
+    file: Path, tensors: Mapping, metadata: dict, where: str
+) -> tuple[Trained, dict[str, Trained]]:
+    """The trained mixture, and each of its decoders as a network that shares the encoder with it."""
+    about = metadata["shared_encoder"]
+    gate, names = Gate.model_validate(metadata["gate"]), about["decoders"]
+    mixture = build(stored_network(metadata), gate, len(metadata["classes"]), names)
+    load_tensors(mixture, tensors, where)
+    mixture.eval().requires_grad_(False)
+    experts = {}
+    for name in names:
+        expert = mixture.decoder_of(name)
+        size = parameters(expert)[0]
+        home = [name] if about["training"] == "separate" else metadata["subsets"]
+        own = {**metadata, "subsets": home, "parameters": size, "trained_parameters": size}
+        experts[name] = Trained(file, expert, own, tensors_sha256(expert.state_dict()))
+    return Trained(file, mixture, metadata, tensors_sha256(tensors)), experts
+
+
+def phases(
+    mixture: SharedEncoderMixture, training: Literal["separate", "joint"], loss: Callable, mixed: Callable
+) -> list[PhaseParts]:
+    """What is done in a step, in turn: name, loss(mixture, inputs, labels) -> (sum, count), parameters.
+
+    loss: of (logits, labels); mixed: of (mixture, experts' outputs, labels), as a gate's.
+    joint: all is trained by the loss of the mixture; inputs are images.
+    separate: first encoder and decoders, each image through its own decoder alone; then gate and convolution
+    (where there is anything to train in them). Inputs are `OwnImages`.
+    """
+    if training == "joint":
+        return [("mixture", joint_loss(mixed), list(mixture.parameters()))]
+    own, on_top = separate_losses(loss, mixed)
+    gate = [*mixture.gate.parameters(), *mixture.conv.parameters()]
+    return [
+        ("experts", own, [*mixture.encoder.parameters(), *mixture.decoders.parameters()]),
+        *([("gate", on_top, gate)] if gate else []),
+    ]
+
+
+def joint_loss(mixed: Callable) -> Callable:
+    return lambda mixture, images, labels: mixed(mixture, mixture.run_experts(images), labels)
+
+
+def separate_losses(loss: Callable, mixed: Callable) -> tuple[Callable, Callable]:
+    """The losses (mixture, OwnImages, labels) -> (sum, count) of the decoders, and of the gate on top of them.
+
+    The gate learns to mix what encoder and decoders say in evaluation mode, as they will when it is used; its
+    loss leaves them as they are, BatchNorm's running statistics included, and gives them no gradient.
+    """
+
+    def own(mixture: SharedEncoderMixture, inputs: OwnImages, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return loss(mixture.forward_own(inputs.images, inputs.decoders), labels)
+
+    def on_top(mixture: SharedEncoderMixture, inputs: OwnImages, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return mixed(mixture, settled_outputs(mixture, inputs.images), labels)
+
+    return own, on_top
+
+
+def settled_outputs(mixture: SharedEncoderMixture, images: Tensor) -> ExpertOutputs:
+    """What the decoders say in evaluation mode, without gradients."""
+    with evaluating(mixture.encoder, mixture.decoders), torch.no_grad():
+        return mixture.run_experts(images)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """The modules are in evaluation mode inside the block, and afterwards in the mode that they were in."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def own_images(mixture: SharedEncoderMixture) -> Callable:
+    """prepare of `fit` for separate training: images with the decoder that is named like the frame's subset."""
+
+    def prepare(batch, device: torch.device, layout: torch.memory_format) -> OwnImages:
+        decoders = [mixture.expert_names.index(frame.subset) for frame in batch.frames]
+        return OwnImages(images_of(batch, device, layout), decoders)
+
+    return prepare
