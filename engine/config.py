@@ -91,7 +91,11 @@ def _validated(tree: Node, kind: str | None, problems: list[Problem]) -> Any:
 def _kind(plain: dict) -> str:
     if "stages" in plain:
         return "pipeline"
-    return "evaluation" if {"baselines", "gates", "ensembles"} & set(plain) else "run"
+    if {"baselines", "ensembles"} & set(plain):
+        return "evaluation"
+    gates = plain.get("gates")  # trained ones, or null: run folders; to be trained: a section each
+    to_train = isinstance(gates, dict) and any(isinstance(gate, dict) for gate in gates.values())
+    return "run" if gates is None or to_train else "evaluation"
 
 
 def _placed(mistake: Mistake, sources: dict[tuple, Source]) -> Problem:

@@ -30,9 +30,11 @@ class Progress:
         metrics: Sequence[str],
         steps: int,
         at: Position,
+        title: str = "",
+        with_bar: bool = True,
     ):
         """phases: their names; steps: optimiser steps of the whole training; at: where it stands, which the
-        training moves on. Rows of later epochs are cut.
+        training moves on. Rows of later epochs are cut. Lines begin with the title.
 
         Raises UserError where W&B is asked for and not installed."""
         self.run, self.settings, self.steps, self.at, self.first_step = run, settings, steps, at, at.step
@@ -43,13 +45,13 @@ class Progress:
         columns = ["epoch", "step", "images_seen", *self.losses, *self.rates, *metrics]
         self.rows = run.table("metrics.csv", columns, at.epoch)
         self.timing = run.table("timing.csv", TIMING, at.epoch)
-        self.terminal = sys.stderr.isatty()
+        self.title, self.with_bar = title, with_bar and sys.stderr.isatty()
         self.began = time.perf_counter()
 
     def __enter__(self) -> "Progress":
         with ExitStack() as stack:
             self.bar = stack.enter_context(
-                tqdm(total=self.steps, initial=self.first_step, unit="step", disable=not self.terminal)
+                tqdm(total=self.steps, initial=self.first_step, unit="step", disable=not self.with_bar)
             )
             self.writer = self._writer(stack) if self.settings.tensorboard else None
             if self.wandb:
@@ -79,7 +81,7 @@ class Progress:
         left = (now - self.began) / (at.step - self.first_step) * (self.steps - at.step)
         place = f"epoch {at.epoch + 1}/{self.settings.epochs}, step {at.step}/{self.steps}"
         self.bar.set_postfix_str(text)
-        self.run.log(f"{place}: {text}, {_duration(left)} left", show=not self.terminal)
+        self.run.log(f"{self.title}{place}: {text}, {_duration(left)} left", show=not self.with_bar)
         speeds = {"speed/images_per_second": speed, "speed/waiting_for_data": waiting}
         self.scalars({f"train/{name}": value for name, value in scalars.items()} | speeds)
         self.begin_window()
@@ -98,7 +100,7 @@ class Progress:
         timing = (epoch, at.seconds, speed, waiting, validation_seconds, _peak_memory_mb())
         self.timing.append(dict(zip(TIMING, timing, strict=True)))
         scalars = {name: value for name, value in row.items() if isinstance(value, float)}
-        place = f"epoch {epoch}/{self.settings.epochs} done"
+        place = f"{self.title}epoch {epoch}/{self.settings.epochs} done"
         took = f"{_duration(at.seconds)} + {_duration(validation_seconds)} validation"
         self.run.log(f"{place}: {_text(scalars)}, {speed:.1f} images/s, {took}")
         self.scalars({f"epoch/{name}": value for name, value in scalars.items()})

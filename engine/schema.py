@@ -1,5 +1,6 @@
 """Every key of a config: Run, Evaluation and Pipeline with their sections."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, ValidationError
@@ -9,8 +10,11 @@ from engine.errors import Mistake, Mistakes, closest, wrong
 from engine.sections import ComponentSection, Config, Section
 from engine.values import (
     Bool,
+    Bytes,
+    Float,
     Int,
     Name,
+    NonNegative,
     NonNegativeInt,
     Positive,
     PositiveInt,
@@ -18,6 +22,7 @@ from engine.values import (
     Size,
     Subsets,
     Text,
+    byte_count,
 )
 from engine.yaml_source import expand
 
@@ -45,16 +50,20 @@ class Augment(Section):
     blur: Probability = Field(0.2, description="probability of a Gaussian blur")
 
 
-def _augment_or_none(value: Any) -> Augment | str:
+def _section_or_none(section: type[Section], value: Any) -> Any:
     if value == "none":
         return value
-    if not isinstance(value, dict | Augment):
-        raise Mistakes(wrong(value, f"none, or a mapping of {', '.join(Augment.fixed_keys())}"))
+    if not isinstance(value, dict | section):
+        raise Mistakes(wrong(value, f"none, or a mapping of {', '.join(section.fixed_keys())}"))
     try:
-        augment = Augment.model_validate(value)
+        return section.model_validate(value)
     except ValidationError as error:
         raise Mistakes(*mistakes_of(error)) from None
-    if augment.scale[0] > augment.scale[1]:
+
+
+def _augment_or_none(value: Any) -> Augment | str:
+    augment = _section_or_none(Augment, value)
+    if augment != "none" and augment.scale[0] > augment.scale[1]:
         raise Mistakes(
             Mistake(("scale",), f"{list(augment.scale)} is wrong; expected the smallest zoom first")
         )
@@ -84,6 +93,9 @@ class Data(ComponentSection):
     workers: NonNegativeInt = Field(2, description="processes that load frames; 0: the main process loads")
 
 
+_OF_LEARNED_WEIGHTS = ("input", "routing", "temperature", "balance", "entropy")
+
+
 class Gate(ComponentSection):
     """A gate (its own keys beside these) and how it mixes the experts."""
 
@@ -94,6 +106,71 @@ class Gate(ComponentSection):
         "logits", description="convolution before or after the upsampling"
     )
     mix: Literal["logits", "log_probs", "probs"] = Field("logits", description="what of the experts is mixed")
+    input: Literal["features", "logits", "image"] = Field(
+        "features", description="what the gate reads; logits of the experts and image: means of 16x16 pixels"
+    )
+    routing: Literal["soft", "top1"] = Field(
+        "soft", description="weights of all experts, or the best expert alone (straight-through gradient)"
+    )
+    temperature: Positive = Field(
+        1.0, description="gate logits are divided by it: below 1 the weights decide more, above 1 less"
+    )
+    calibrate: Bool = Field(
+        False, description="divide each expert's logits by a temperature fitted on val before the gate trains"
+    )
+    balance: NonNegative = Field(
+        0.0, description="added to the loss: times the variation of the experts' mean weights over the batch"
+    )
+    entropy: Float = Field(
+        0.0,
+        description="added to the loss: times the mean entropy of an image's weights; above 0 pushes the gate to "
+        "decide, below 0 to weigh all alike",
+    )
+    loss_at: Literal["full", "logits"] = Field(
+        "full", description="loss on upsampled logits, or (quick) on their own grid with labels reduced to it"
+    )
+    optimizer: Optimizer | None = Field(None, description="of this gate; null: train.optimizer")
+    seed: Int | None = Field(None, description="seed of its first weights; null: train.seed")
+
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        if data.get("type") == "uniform":
+            defaults = {key: cls.model_fields[key].default for key in _OF_LEARNED_WEIGHTS}
+            return [
+                Mistake((key,), "has no effect on a uniform gate, whose weights are always equal")
+                for key, default in defaults.items()
+                if data.get(key, default) != default
+            ]
+        if data.get("routing") == "top1" and data.get("entropy"):
+            return [Mistake(("entropy",), "stands beside routing: top1, whose weights have no entropy")]
+        return []
+
+
+class SharedEncoder(Section):
+    """A mixture in one run: an encoder, and a decoder for each of data.subsets in place of the experts."""
+
+    training: Literal["separate", "joint"] = Field(
+        description="separate: each frame through the decoder of its own subset, the gate on top of what they "
+        "say; joint: all by the loss of the mixture"
+    )
+
+
+class Cache(Section):
+    """Outputs of frozen experts, kept in data.cache_dir/experts: later epochs and gates read them again."""
+
+    budget: Bytes = Field(
+        description="most that the outputs on train and val may take, such as 40GB or 500MB"
+    )
+    content: Literal["auto", "float32", "bfloat16", "top_k", "label_probs"] = Field(
+        "auto",
+        description="float32 (exact), bfloat16 or top_k (approximations), label_probs (all that the loss of a "
+        "simple gate with mix: probs and loss_at: logits needs), auto: float32 if it fits, else bfloat16",
+    )
+
+    @property
+    def bytes(self) -> int:
+        """The budget in bytes."""
+        return byte_count(self.budget)
 
 
 class Train(Section):
@@ -163,29 +240,72 @@ class Run(Config):
         default_factory=dict, description="frozen networks to join: name -> run folder or checkpoint file"
     )
     gate: Gate | None = Field(None, description="gate to train over the experts")
+    gates: dict[Name, Gate] | None = Field(
+        None, description="several gates to train in one pass: name -> gate; their folders are in NAME"
+    )
     ensemble: Ensemble | None = Field(None, description="fixed rule that joins the experts, nothing to train")
+    shared_encoder: SharedEncoder | None = Field(
+        None, description="train network and gate as a mixture with one encoder and a decoder per subset"
+    )
+    cache: Annotated[Cache | Literal["none"], PlainValidator(partial(_section_or_none, Cache))] = Field(
+        "none", description="outputs of the experts, computed once and kept on disk, or none"
+    )
     train: Train | None = Field(None, description="training; null: the run can only be evaluated")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation")
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        joins = [key for key in ("gate", "ensemble") if key in data]
+        if data.get("cache", "none") != "none" and (not data.get("experts") or "ensemble" in data):
+            return [
+                Mistake(("cache",), "needs experts and a gate to train: it keeps what frozen experts say")
+            ]
+        if "shared_encoder" in data:
+            return _mistakes_around_shared_encoder(data)
+        joins = [key for key in ("gate", "gates", "ensemble") if data.get(key)]
         experts = data.get("experts")
-        if len(joins) == 2:
-            return [Mistake(("ensemble",), "stands beside gate; a run has one of the two")]
+        if len(joins) > 1:
+            return [Mistake((joins[1],), f"stands beside {joins[0]}; a run has one of gate, gates, ensemble")]
         if joins and not experts:
             return [Mistake((joins[0],), "needs experts: {name: run folder, ...}, the networks to join")]
         if experts and not joins:
             return [Mistake(("experts",), "need gate (to be trained) or ensemble (fixed) to join them")]
         if not joins and "network" not in data:
             return [Mistake((), "a run needs network, or experts and gate, or experts and ensemble")]
-        gate = data.get("gate")
-        enough = 1 if isinstance(gate, dict) and gate.get("type") == "uniform" else 2
+        several = data.get("gates") if isinstance(data.get("gates"), dict) else {}
+        gates = [gate for gate in (data.get("gate"), *several.values()) if isinstance(gate, dict)]
+        enough = 1 if gates and all(gate.get("type") == "uniform" for gate in gates) else 2
         if joins and isinstance(experts, dict) and len(experts) < enough:
             return [
                 Mistake(("experts",), f"{joins[0]} needs at least {enough} of them, found {len(experts)}")
             ]
         return []
+
+
+def _mistakes_around_shared_encoder(data: dict) -> list[Mistake]:
+    """It needs network, gate and at least two subsets, and has no other experts than its decoders."""
+    mistakes = [
+        Mistake((key,), "stands beside shared_encoder, whose decoders are the experts of its one gate")
+        for key in ("experts", "gates", "ensemble")
+        if data.get(key)
+    ]
+    needs = {"network": "of which it takes encoder and decoders", "gate": "to join its decoders"}
+    mistakes += [
+        Mistake(("shared_encoder",), f"needs {key}, {why}") for key, why in needs.items() if key not in data
+    ]
+    gate, shared, section = (
+        data.get(key) if isinstance(data.get(key), dict) else {} for key in ("gate", "shared_encoder", "data")
+    )
+    if gate.get("calibrate") is True:
+        told = "stands beside shared_encoder, whose decoders change with every step of the gate"
+        mistakes.append(Mistake(("gate", "calibrate"), told))
+    if gate.get("optimizer") and shared.get("training") == "joint":
+        told = "has no effect in joint training, where train.optimizer moves gate and experts alike"
+        mistakes.append(Mistake(("gate", "optimizer"), told))
+    subsets = section.get("subsets")
+    if isinstance(subsets, list) and (len(subsets) < 2 or "all" in subsets):
+        told = f"{subsets}: shared_encoder has a decoder for each subset; name at least 2, without all"
+        mistakes.append(Mistake(("data", "subsets"), told))
+    return mistakes
 
 
 class Evaluation(Config):
@@ -237,7 +357,7 @@ class Stage(Section):
     config: Text = Field(description="YAML file of the stage, relative to the file of the pipeline")
     set: dict[Text, Any] = Field(
         default_factory=dict,
-        description='dotted keys -> values; "@stage" is the run folder of an earlier stage',
+        description='dotted keys -> values; "@stage" is the run folder of an earlier stage, "@stage/gate" a gate in it',
     )
 
 
@@ -275,8 +395,8 @@ class Pipeline(Config):
 
 
 def references(value: Any) -> list[str]:
-    """The stages that a value of Stage.set names as "@stage", at any depth."""
+    """The stages that a value of Stage.set names as "@stage" or "@stage/folder in it", at any depth."""
     if isinstance(value, dict | list):
         items = value.values() if isinstance(value, dict) else value
         return [name for item in items for name in references(item)]
-    return [value[1:]] if isinstance(value, str) and value.startswith("@") else []
+    return [value[1:].split("/")[0]] if isinstance(value, str) and value.startswith("@") else []

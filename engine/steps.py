@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,28 +16,30 @@ from engine.config import UserError
 class Phase:
     """A loss with the parameters that it trains. Every step takes the phases in turn on the same images.
 
-    loss(model, images, labels) gives (sum, count) for float images [B, 3, H, W] in [0, 1] and int64 labels.
+    loss(model, inputs, labels) gives (sum, count) for int64 labels and what `prepare` of fit made of a batch:
+    float images [B, 3, H, W] in [0, 1] unless told otherwise.
     The parameters are those of the optimizer; no others get a gradient. The scheduler moves per step.
     """
 
     name: str
-    loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+    loss: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]]
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
 def compute_gradients(
-    phase: Phase, network: nn.Module, inputs: Sequence[tuple[Tensor, Tensor]], bf16: bool = False
+    phase: Phase, network: nn.Module, inputs: Sequence[tuple[Any, Tensor]], bf16: bool = False
 ) -> Tensor:
     """Leaves in the phase's parameters the gradient of sum / count over all micro-batches together.
 
-    inputs: (uint8 images, int64 labels) of each micro-batch. Returns float64 (sum, count, gradient norm)."""
+    inputs: (inputs of the loss, int64 labels) of each micro-batch. Returns float64 (sum, count, gradient
+    norm)."""
     phase.optimizer.zero_grad()
-    total = count = torch.zeros((), dtype=torch.float64, device=inputs[0][0].device)
-    for images, labels in inputs:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            loss, number = phase.loss(network, images.float() / 255, labels)
+    total = count = torch.zeros((), dtype=torch.float64, device=inputs[0][1].device)
+    for prepared, labels in inputs:
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
+            loss, number = phase.loss(network, prepared, labels)
         loss.backward(inputs=list(phase.parameters))
         total, count = total + loss.detach(), count + number
     gradients = [parameter.grad for parameter in phase.parameters if parameter.grad is not None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from engine.config import Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
 
 # The networks that a family's train and evaluate scripts take.
-FAMILIES = {"deeplab": ("deeplabv3plus",)}
+FAMILIES = {"deeplab": ("deeplabv3plus",), "frrn": ("frrn",)}
 
 # What a command runs, imported when the config is known to be right.
 COMMANDS = {

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from engine.checkpoints import load_weights, tensors_sha256
-from engine.config import Gate, UserError, component
-from networks.moe import Frozen, MixtureOfExperts
+from engine.config import Component, Gate, UserError, component
+from networks.moe import Frozen, MixtureOfExperts, gate_channels
 
 NETWORKS = "networks:NETWORKS"
 
@@ -44,14 +44,20 @@ def read_checkpoint(path: str, key: str) -> tuple[Path, dict, dict]:
 def load_network(path: str, key: str) -> Trained:
     """A trained expert or baseline. Raises UserError for a missing or damaged file, and for a gate's."""
     file, tensors, metadata = read_checkpoint(path, key)
-    if "network" not in metadata:
-        raise UserError(f"{key}: {file} holds a gate, not a network; name the run of an expert or a baseline")
-    arguments = dict(metadata["network"])
-    if "pretrained" in arguments:  # the weights come from this file, nothing is to be downloaded
-        arguments["pretrained"] = "none"
-    network = component(NETWORKS, arguments.pop("name"), **arguments).build(len(metadata["classes"]))
+    if "gate" in metadata:
+        what = "a mixture" if "shared_encoder" in metadata else "a gate"
+        raise UserError(f"{key}: {file} holds {what}, not a network; name the run of an expert or a baseline")
+    network = stored_network(metadata).build(len(metadata["classes"]))
     load_tensors(network, tensors, f"{key}: {file}")
     return Trained(file, Frozen(network), metadata, tensors_sha256(tensors))
+
+
+def stored_network(metadata: dict) -> Component:
+    """The network that a checkpoint describes; its weights come from there, nothing is to be downloaded."""
+    arguments = dict(metadata["network"])
+    if "pretrained" in arguments:
+        arguments["pretrained"] = "none"
+    return component(NETWORKS, arguments.pop("name"), **arguments)
 
 
 def load_tensors(module: nn.Module, tensors: Mapping, where: str) -> None:
@@ -70,20 +76,30 @@ def build_mixture(experts: Mapping[str, Trained], gate: Gate) -> MixtureOfExpert
         require_classes(experts[name], experts[first].classes, f"experts.{name}", f"of experts.{first}")
     networks = {name: trained.network for name, trained in experts.items()}
     num_classes = len(experts[first].classes)
-    in_channels = sum(network.feature_channels for network in networks.values())
-    head = gate.component.build(in_channels, len(networks), num_classes)
-    return MixtureOfExperts(networks, head, num_classes, conv=gate.conv, conv_at=gate.conv_at, mix=gate.mix)
+    head = gate.component.build(gate_channels(networks, num_classes, gate.input), len(networks), num_classes)
+    return MixtureOfExperts(networks, head, num_classes, **mixture_arguments(gate))
+
+
+def mixture_arguments(gate: Gate) -> dict:
+    """The keys of a gate's section that say how the mixture is put together."""
+    keys = ("conv", "conv_at", "mix", "input", "routing", "temperature", "calibrate")
+    return {key: getattr(gate, key) for key in keys}
 
 
 def load_gate(
     path: str, key: str, known: Mapping[str, Trained] | None = None
 ) -> tuple[Trained, dict[str, Trained]]:
-    """A trained mixture and its experts by name; those among `known` are shared, not loaded again.
+    """A trained mixture and its experts by name; those among `known` are shared, not loaded again. The experts
+    of a shared encoder come from the same file.
 
     Raises UserError, with both hashes, where an expert is not the one that the gate was trained with."""
     file, tensors, metadata = read_checkpoint(path, key)
     if "gate" not in metadata:
         raise UserError(f"{key}: {file} holds a network, not a gate; name the run of a gate")
+    if "shared_encoder" in metadata:
+        from pipelines.shared_encoder import from_checkpoint  # which takes parts of this module
+
+        return from_checkpoint(file, tensors, metadata, f"{key}: {file}")
     by_hash = {trained.sha256: trained for trained in (known or {}).values()}
     experts = {}
     for expert in metadata["experts"]:

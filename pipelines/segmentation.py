@@ -7,45 +7,55 @@ from pathlib import Path
 
 import numpy
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
 from engine.config import Data, Run, UserError
-from engine.loop import Phase, Result, fit, optimizer_steps, supervised
-from engine.randomness import seed_everything
+from engine.learner import Learner, Result
+from engine.loop import fit, images_of, optimizer_steps, supervised
+from engine.randomness import random_state, seed_everything
 from engine.runs import RunFolder, check_run_folder
+from engine.steps import Phase
 from metrics import METRICS
 from metrics.confusion import confusion
+from metrics.gate import gate_statistics
+from metrics.gate_alarm import collapse_warning
 from networks.complexity import gmacs, parameters
+from networks.mixture import ExpertOutputs, Mixture
+from pipelines import shared_encoder
+from pipelines.expert_outputs import open_source, refuse_too_little
+from pipelines.gates import calibrate, gate_loss, runs_in
 from pipelines.models import Trained, build_mixture, load_network, require_classes
 
+# Arguments of a network that change how it is trained, not what it computes.
+FREE_IN_EXPERTS = ("pretrained", "checkpointing")
 
-def train(config: Run, options) -> Result | None:
-    """Train the network, or the gate over frozen experts, that the config describes; its run folder is filled."""
+
+def train(config: Run, options) -> list[Result] | None:
+    """Train the network, or the gates over frozen experts, that the config describes; run folders are filled."""
     device = pick_device(options.device)
-    folder, plain = Path(config.output) / config.name, config.resolved()
     flags = {"resume": options.resume, "overwrite": options.overwrite}
+    runs = runs_in(config)
     if not options.dry_run:
-        check_run_folder(folder, plain, **flags)
+        for run in runs:
+            check_run_folder(folder_of(run), run.resolved(), **flags)
     index = config.data.build()
     frames = index.select(training_split(config), config.data.subsets)
     held_out = index.select("val", config.data.subsets)
     refuse_overlap(frames, held_out)
-    seed_everything(config.train.seed, config.train.deterministic)
+    refuse_too_little(config)
     experts = load_experts(config, index)
-    model = build_mixture(experts, config.gate) if config.gate else config.network.build(index.num_classes)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("gate: a uniform gate without conv has nothing to train; set conv: true")
+    models, states = zip(*(build(run, experts, index) for run in runs), strict=True)
     if options.dry_run:
-        print(describe(config, index, model, frames, held_out))
+        for run, model in zip(runs, models, strict=True):
+            print(describe(run, index, model, frames, held_out))
         refuse_bad_data(index)
         return None
 
-    run = RunFolder(folder, plain, **flags, device=device)
-    run.log(f"{config.name}: {len(frames)} frames to train, {len(held_out)} to validate, {device}")
+    folders = [RunFolder(folder_of(run), run.resolved(), **flags, device=device) for run in runs]
+    folders[0].log(f"{config.name}: {len(frames)} frames to train, {len(held_out)} to validate, {device}")
     settings, data = config.train, config.data
     batches = train_loader(
         index,
@@ -58,32 +68,94 @@ def train(config: Run, options) -> Result | None:
         seed=settings.seed,
         workers=data.workers,
     )
+    held_out_batches = evaluation_batches(data, index, held_out, settings.batch_size, "network")
+    prepare = looking = images_of
+    if config.shared_encoder and config.shared_encoder.training == "separate":
+        prepare = shared_encoder.own_images(models[0])
+    if experts:
+        source = open_source(config, models, experts, batches, held_out_batches, device, folders[0].log)
+        prepare, looking = source.training, source.validation
+        calibrate(models, held_out_batches, looking, device)
     loss = settings.loss.build(torch.from_numpy(batches.cache.class_pixels()), index.ignore_index)
-    model.to(device, memory_format=torch.channels_last if settings.channels_last else torch.preserve_format)
-    optimizer = settings.optimizer.build(trained)
-    steps = optimizer_steps(batches, settings)
-    scheduler = settings.schedule.build(optimizer, steps)
-    phase = Phase("gate" if config.gate else "network", supervised(loss), trained, optimizer, scheduler)
-    about = description(config, index, model, frames, experts)
-    about["budget"] = {"steps": steps, "images": settings.epochs * settings.batch_size * len(batches)}
+    learners = []
+    for run, folder, model, random in zip(runs, folders, models, states, strict=True):
+        about = description(run, index, model, frames, experts)
+        steps = optimizer_steps(batches, settings)
+        about["budget"] = {"steps": steps, "images": settings.epochs * settings.batch_size * len(batches)}
+        learners.append(
+            Learner(
+                model,
+                phases_of(run, model, loss, steps, device),
+                folder,
+                weights=lambda model, about=about: (live_tensors(model), about),
+                state=live_tensors,
+                identity={
+                    "data": about["data"],
+                    **{f"experts.{name}": one.sha256 for name, one in experts.items()},
+                },
+                random=random,
+            )
+        )
+    names = {model: (run, folder) for model, run, folder in zip(models, runs, folders, strict=True)}
+
+    def alarm(mixture: Mixture, weights: numpy.ndarray) -> None:
+        run, folder = names[mixture]
+        found = collapse_warning(run.name, gate_statistics(weights), mixture.expert_names, index.classes)
+        if found and run.gate.name != "uniform":
+            folder.log(f"warning: {found}")
+
     return fit(
-        model,
-        [phase],
+        learners,
         batches,
-        validator(config, index, held_out, device),
-        run,
+        validator(config, index, held_out_batches, device, looking, alarm),
         settings,
         device,
-        weights=lambda model: (live_tensors(model), about),
         metrics=tuple(METRICS),
-        state=live_tensors,
-        identity={"data": about["data"], **{f"experts.{name}": one.sha256 for name, one in experts.items()}},
+        prepare=prepare,
     )
+
+
+def build(run: Run, experts: dict[str, Trained], index: FrameIndex) -> tuple[nn.Module, dict]:
+    """(untrained network or mixture, the generators' state after it), the same whatever was built before."""
+    seed = run.train.seed
+    if run.gate and run.gate.seed is not None:
+        seed = run.gate.seed
+    seed_everything(seed, run.train.deterministic)
+    if run.shared_encoder:
+        model = shared_encoder.build(run.network, run.gate, index.num_classes, run.data.subsets)
+    else:
+        model = build_mixture(experts, run.gate) if run.gate else run.network.build(index.num_classes)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"{run.name}: a uniform gate without conv has nothing to train; set conv: true")
+    return model, random_state()
+
+
+def phases_of(run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device) -> list[Phase]:
+    """What is trained in a step: a network, a gate, or what a shared encoder's training asks for."""
+    settings = run.train
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(device, memory_format=layout)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parts = [("network", supervised(loss), trained)]
+    if run.shared_encoder:
+        parts = shared_encoder.phases(model, run.shared_encoder.training, loss, gate_loss(loss, run.gate))
+    elif run.gate:
+        parts = [("gate", gate_loss(loss, run.gate), trained)]
+    phases = []
+    for name, value, own in parts:
+        recipe = (run.gate.optimizer if name == "gate" else None) or settings.optimizer
+        optimizer = recipe.build(own)
+        phases.append(Phase(name, value, own, optimizer, settings.schedule.build(optimizer, steps)))
+    return phases
+
+
+def folder_of(run: Run) -> Path:
+    return Path(run.output) / run.name
 
 
 def training_split(config: Run) -> str:
     """A network trains on train, a gate on what data.gate_data says."""
-    return config.data.gate_data if config.gate else "train"
+    return config.data.gate_data if config.experts else "train"
 
 
 def refuse_overlap(training: Sequence[Frame], held_out: Sequence[Frame]) -> None:
@@ -115,7 +187,7 @@ def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
         other = {
             key: (value, wanted.get(key))
             for key, value in expert.metadata["network"].items()
-            if key != "pretrained" and value != wanted.get(key)
+            if key not in FREE_IN_EXPERTS and value != wanted.get(key)
         }
         if other:
             key, (stored, asked) = next(iter(other.items()))
@@ -141,6 +213,8 @@ def description(
         recipe.pop(key)
     for key in ("cache_dir", "workers"):
         recipe["data"].pop(key)
+    if config.cache == "none" or config.cache.content == "float32":  # exact: nothing is different
+        recipe.pop("cache")
     total, trained = parameters(model)
     about = {
         "config": recipe,
@@ -150,6 +224,8 @@ def description(
         "parameters": total,
         "trained_parameters": trained,
     }
+    if config.shared_encoder:
+        return {**about, **shared_encoder.description(config, model)}
     if not config.gate:
         normalize = model.normalize
         about["normalisation"] = {
@@ -164,28 +240,50 @@ def description(
     return {**about, "gate": config.gate.plain(), "experts": chosen}
 
 
-def validator(config: Run, index: FrameIndex, frames: Sequence[Frame], device: torch.device) -> Callable:
-    """validate(model) -> every metric on the validation frames at the network's resolution.
+def validator(
+    config: Run,
+    index: FrameIndex,
+    batches,
+    device: torch.device,
+    prepare: Callable = images_of,
+    alarm: Callable[[nn.Module, numpy.ndarray], None] = lambda model, weights: None,
+) -> Callable:
+    """validate(models) -> every metric of each on the validation frames at the network's resolution.
 
-    Absent classes count as evaluate.absent says."""
-    batches = evaluation_batches(config.data, index, frames, config.train.batch_size, "network")
+    Absent classes count as evaluate.absent says. alarm gets each mixture with its weights [N, E, K] of all
+    frames."""
     layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    shape = (index.num_classes, index.num_classes)
 
-    def validate(model: nn.Module) -> dict[str, float]:
-        counts = torch.zeros(index.num_classes, index.num_classes, dtype=torch.int64, device=device)
+    def validate(models: Sequence[nn.Module]) -> list[dict[str, float]]:
+        counts = [torch.zeros(shape, dtype=torch.int64, device=device) for _ in models]
+        routes: list[list[Tensor]] = [[] for _ in models]
         with (
             torch.inference_mode(),
             torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
         ):
             for batch in batches:
-                images = batch.images.to(device).contiguous(memory_format=layout).float() / 255
-                predictions = model(images).argmax(1)
-                counts += confusion(
-                    predictions, batch.labels.to(device), index.num_classes, index.ignore_index
-                ).sum(0)
-        return figures(counts.cpu().numpy(), config.evaluate.absent)
+                inputs, labels = prepare(batch, device, layout), batch.labels.to(device)
+                for model, count, route in zip(models, counts, routes, strict=True):
+                    logits, weights = answer(model, inputs)
+                    count += confusion(logits.argmax(1), labels, index.num_classes, index.ignore_index).sum(0)
+                    route += [] if weights is None else [weights.float().mean((-2, -1))]
+        for model, route in zip(models, routes, strict=True):
+            if route:
+                alarm(model, torch.cat(route).cpu().numpy())
+        return [figures(count.cpu().numpy(), config.evaluate.absent) for count in counts]
 
     return validate
+
+
+def answer(model: nn.Module, inputs: Tensor | ExpertOutputs) -> tuple[Tensor, Tensor | None]:
+    """(logits [B, C, H, W], gate weights or None) for images, or from what a mixture's experts said about them."""
+    if isinstance(inputs, ExpertOutputs):
+        return model.combine(inputs)
+    if isinstance(model, Mixture):
+        inspection = model.inspect(inputs)
+        return inspection.logits, inspection.weights
+    return model(inputs), None
 
 
 def evaluation_batches(
@@ -220,6 +318,9 @@ def describe(
     """What --dry-run tells: sizes, shapes and frames."""
     size = config.data.image_size
     total, trained = parameters(model)
+    title = f"gate {config.gate.name}" if config.gate else config.network.name
+    if config.shared_encoder:
+        title += f" on {len(model.decoders)} decoders of one {config.network.name} encoder"
     shadow, images = deepcopy(model).to("meta").eval(), torch.empty(1, 3, *size, device="meta")
     if config.gate:
         inspection = shadow.inspect(images)
@@ -227,7 +328,7 @@ def describe(
     else:
         features, logits = [shadow.forward_features(images)[1]], shadow(images)
     lines = [
-        f"{config.name}: {'gate ' + config.gate.name if config.gate else config.network.name}",
+        f"{config.name}: {title}",
         f"parameters: {total:,} ({trained:,} trained)",
         f"GMACs per image at {size[0]}x{size[1]}: {gmacs(model, size):.2f}",
         f"features: {', '.join(shape_text(one) for one in features)}",

@@ -13,7 +13,7 @@ from engine.config import Evaluation, Pipeline, Run, UserError, load, references
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
-VERSIONS = {"train": 1, "evaluate": 1}
+VERSIONS = {"network": 1, "gate": 2, "evaluate": 2}
 # Keys that say where and how fast, not what: they don't belong to the key of a stage.
 PLACES = (
     "name",
@@ -38,6 +38,11 @@ class Stage:
     @property
     def kind(self) -> str:
         return "train" if isinstance(self.config, Run) and self.config.ensemble is None else "evaluate"
+
+    @property
+    def work(self) -> str:
+        """What it computes, as VERSIONS names it."""
+        return self.kind if self.kind == "evaluate" else "gate" if self.config.experts else "network"
 
     @property
     def weights(self) -> dict[str, str]:
@@ -171,11 +176,15 @@ def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> Run
 
 
 def replace_references(value, folders: dict[str, str]):
+    """The value with "@stage" and "@stage/gate", at any depth, replaced by the folders they stand for."""
     if isinstance(value, dict):
         return {key: replace_references(item, folders) for key, item in value.items()}
     if isinstance(value, list):
         return [replace_references(item, folders) for item in value]
-    return folders.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str) or not value.startswith("@"):
+        return value
+    stage, *rest = value.split("/")
+    return "/".join([folders[stage], *rest])
 
 
 # Keys
@@ -188,7 +197,7 @@ def ingredients_of(stage: Stage) -> dict[str, object]:
     }
     return {
         **{f"config.{key}": value for key, value in config.items()},
-        "version": VERSIONS[stage.kind],
+        "version": VERSIONS[stage.work],
         "data": data_hash(stage.config),
         **pretrained_hash(stage.config),
         **{f"weights.{role}": weights_hash(path) for role, path in stage.weights.items()},
@@ -199,7 +208,7 @@ def matters(key: str, kind: str) -> bool:
     """Whether a config key belongs to a stage's key: what it takes in stands there as hashes, and what is
     evaluated how is nothing to a training, but for the classes that its validation counts."""
     section = key.split(".")[0]
-    if key in PLACES or section in ("experts", "baselines", "gates"):
+    if key in PLACES or section in ("experts", "baselines") or (section == "gates" and kind == "evaluate"):
         return False
     return section != "evaluate" or kind == "evaluate" or key == "evaluate.absent"
 
@@ -243,11 +252,18 @@ def result_hash(stage: Stage) -> str | None:
     """Hash of what the stage leaves behind, to notice that it was removed or changed by hand."""
     from pipelines.evaluation import evaluation_folder
 
-    folder = Path(stage.config.output) / stage.config.name
     if stage.kind == "train":
-        return weights_hash(str(folder))
+        hashes = [weights_hash(str(folder)) for folder in run_folders(stage)]
+        return hashes[0] if len(hashes) == 1 else None if None in hashes else key_of(dict(enumerate(hashes)))
     results = evaluation_folder(stage.config) / "results.csv"
     return hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
+
+
+def run_folders(stage: Stage) -> list[Path]:
+    """The folders that a stage trains in: its own, or one for each of its gates."""
+    from pipelines.gates import runs_in
+
+    return [Path(run.output) / run.name for run in runs_in(stage.config)]
 
 
 def state_of(stage: Stage, records: "Records", forced: bool = False) -> State:
@@ -271,7 +287,7 @@ def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
     """One line for each ingredient that differs: "config.train.epochs changed from 5 to 10"."""
     lines = []
     for key in dict.fromkeys((*old, *new)):
-        if old.get(key) == new.get(key) and (key in old) == (key in new):
+        if old.get(key) == new.get(key) or (is_unset(old.get(key)) and is_unset(new.get(key))):
             continue
         if key == "data" or key.startswith("weights."):
             lines.append(f"{key} changed ({short(old.get(key))} -> {short(new.get(key))})")
@@ -282,6 +298,11 @@ def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
         else:
             lines.append(f"{key} changed from {old[key]} to {new[key]}")
     return lines
+
+
+def is_unset(value) -> bool:
+    """A key that is not there, or says that something is not there: one that a newer version added, unused."""
+    return value in (None, "none", {}, [])
 
 
 def short(digest) -> str:
@@ -346,7 +367,7 @@ def write_pipeline_report(config: Pipeline, stages: dict[str, Stage], folder: Pa
         return
     write_report(
         [evaluation_folder(stage.config) for stage in evaluations],
-        [folder / stage.name for stage in stages.values() if stage.kind == "train"],
+        [folder for stage in stages.values() if stage.kind == "train" for folder in run_folders(stage)],
         page,
     )
     print(f"report: {page}")

@@ -6,30 +6,42 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.config import Pipeline, load
+from engine.config import Evaluation, Pipeline, load
 from pipelines.cli import FAMILIES, check
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
 NAMES = [str(path.relative_to(ROOT)) for path in FILES]
 MAIN = [name for name in NAMES if Path(name).parent == Path("configs")]
-GATE_FILES = [
-    f"configs/config_deeplab_moe{kind}.yaml"
-    for kind in ("", "_simple", "_simple_w_conv", "_classwise_w_conv")
-]
+GATE_FILES = {
+    "deeplab": [
+        f"configs/config_deeplab_moe{kind}.yaml"
+        for kind in ("", "_simple", "_simple_w_conv", "_classwise_w_conv")
+    ],
+    "frrn": [
+        f"configs/config_frrnA_moe_{kind}.yaml"
+        for kind in ("classwise", "simple", "simple_w_conv", "classwise_w_conv")
+    ],
+}
+NETWORK_FILES = {
+    "deeplab": [f"configs/config_deeplab_{kind}.yaml" for kind in ("highway", "urban", "baseline")],
+    "frrn": [f"configs/config_frrnA_{kind}.yaml" for kind in ("highway", "urban", "baseline")],
+}
 NEEDED = {
     "configs/config_deeplab_expert.yaml",
-    "configs/config_deeplab_highway.yaml",
-    "configs/config_deeplab_urban.yaml",
-    "configs/config_deeplab_baseline.yaml",
-    *GATE_FILES,
+    *(name for family in (*NETWORK_FILES.values(), *GATE_FILES.values()) for name in family),
     "configs/config_deeplab_ensemble_mean.yaml",
     "configs/config_deeplab_ensemble_max.yaml",
+    "configs/config_frrnA_ensemble_mean.yaml",
+    "configs/config_frrnA_ensemble_max.yaml",
     "configs/config_eval_deeplab_moe.yaml",
+    "configs/config_eval_frrn.yaml",
     "configs/pipeline_a2d2.yaml",
     "configs/demo/pipeline.yaml",
+    "configs/demo/pipeline_frrn.yaml",
     "configs/demo/smoke.yaml",
     "configs/camvid/pipeline.yaml",
+    "configs/camvid/pipeline_frrn.yaml",
 }
 
 
@@ -76,11 +88,12 @@ def test_config_opens_with_the_command_that_takes_it(name):
 def test_main_configs_are_self_contained_and_short(name):
     text = Path(name).read_text()
     assert "_base_" not in text
-    assert len(text.splitlines()) <= 45
+    assert len(text.splitlines()) <= (60 if "\nstages:" in text else 45)
 
 
-def test_the_four_gates_of_a_family_differ_in_name_and_gate_only():
-    configs = [yaml.safe_load(Path(name).read_text()) for name in GATE_FILES]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_four_gates_of_a_family_differ_in_name_and_gate_only(family):
+    configs = [yaml.safe_load(Path(name).read_text()) for name in GATE_FILES[family]]
     gates = [config.pop("gate") for config in configs]
     names = [config.pop("name") for config in configs]
     assert len(set(names)) == 4
@@ -91,7 +104,55 @@ def test_the_four_gates_of_a_family_differ_in_name_and_gate_only():
         ("simple", True),
         ("classwise", True),
     ]
-    resolved = [load(name).resolved() for name in GATE_FILES]
+    resolved = [load(name).resolved() for name in GATE_FILES[family]]
     for config in resolved:
         del config["name"], config["gate"]
     assert resolved[1:] == resolved[:-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_networks_of_a_family_differ_in_name_and_subsets_only(family):
+    resolved = [load(name).resolved() for name in NETWORK_FILES[family]]
+    subsets = [config["data"].pop("subsets") for config in resolved]
+    assert subsets == [["highway"], ["urban"], ["highway", "urban"]]
+    assert len({config.pop("name") for config in resolved}) == 3
+    assert resolved[1:] == resolved[:-1]
+
+
+def test_the_main_files_of_frrn_name_each_others_runs():
+    """What an evaluation, an ensemble or a gate reads is what another file's command has written."""
+    written = {load(name).name for name in NETWORK_FILES["frrn"] + GATE_FILES["frrn"]}
+    evaluation = load("configs/config_eval_frrn.yaml")
+    read = {*evaluation.baselines.values(), *evaluation.experts.values(), *evaluation.gates.values()}
+    assert {Path(path).name for path in read} == written
+    for name in (*GATE_FILES["frrn"], *(n for n in MAIN if n.startswith("configs/config_frrnA_ensemble"))):
+        assert load(name).experts == evaluation.experts
+
+
+@pytest.mark.parametrize("name", [*NETWORK_FILES["frrn"], *GATE_FILES["frrn"]])
+def test_frrn_b_is_one_word_away(name):
+    changed = load(name, ["network.variant=B"])
+    assert (load(name).network.args["variant"], changed.network.args["variant"]) == ("A", "B")
+    assert Path(name).read_text().count("variant: A") == 1
+
+
+@pytest.mark.parametrize("folder", ["demo", "camvid"])
+def test_pipelines_of_both_families_have_the_same_stages_and_rows(folder):
+    from pipelines.stages import build_stages
+
+    deeplab, frrn = (
+        build_stages(load(f"configs/{folder}/{name}.yaml")) for name in ("pipeline", "pipeline_frrn")
+    )
+    assert list(deeplab) == list(frrn)
+    for name, stage in frrn.items():
+        theirs, ours = deeplab[name].config, stage.config
+        if isinstance(ours, Evaluation):
+            assert [*ours.baselines, *ours.experts, *ours.gates] == [
+                *theirs.baselines,
+                *theirs.experts,
+                *theirs.gates,
+            ]
+        else:
+            assert (theirs.network.name, ours.network.name) == ("deeplabv3plus", "frrn")
+            assert ours.network.args["width"] < 1
+        assert ours.data == theirs.data

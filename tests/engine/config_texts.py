@@ -20,6 +20,14 @@ experts: {highway: runs/highway, urban: runs/urban}
 gate: {type: simple, width: 4, conv: true}
 train: {epochs: 2}
 """
+SHARED_ENCODER = """\
+name: shared
+data: {name: a2d2, root: somewhere, image_size: [48, 64], subsets: [highway, urban]}
+network: {name: deeplabv3plus, backbone: resnet18}
+gate: {type: simple, conv: true}
+shared_encoder: {training: separate}
+train: {epochs: 2}
+"""
 EVALUATION = """\
 name: all_rows
 data: {name: a2d2, root: somewhere, image_size: [48, 64], subsets: [highway, urban]}

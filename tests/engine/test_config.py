@@ -4,7 +4,7 @@ import copy
 from typing import get_args
 
 import pytest
-from config_texts import EVALUATION, EXPERT, MOE, PIPELINE, refused, value_of
+from config_texts import EVALUATION, EXPERT, MOE, PIPELINE, SHARED_ENCODER, refused, value_of
 
 import networks
 from engine.config import KINDS, RULES, ConfigError, Data, Section, Train, dump, from_dict, load, signature_of
@@ -32,8 +32,8 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
         f"config.yaml:6: train.epoch: unknown key; allowed: {', '.join(Train.fixed_keys())}; "
         "did you mean 'epochs'?",
         'config.yaml:7: train.optimizer.lr: "fast" is wrong; expected a number above 0',
-        "config.yaml:8: evalute: unknown key; allowed: name, output, data, network, experts, gate, ensemble, "
-        "train, evaluate; did you mean 'evaluate'?",
+        f"config.yaml:8: evalute: unknown key; allowed: {', '.join(KINDS['run'].fixed_keys())}; "
+        "did you mean 'evaluate'?",
     ]
 
 
@@ -129,7 +129,7 @@ def test_missing_keys_name_their_section(write):
     lines = refused(write("network: {backbone: resnet18}\ndata:\n  name: a2d2\n"))
     assert lines == [
         "config.yaml:1: name: missing; name of the run; its folder is OUTPUT/NAME",
-        "config.yaml:1: network.name: missing; allowed: deeplabv3plus",
+        "config.yaml:1: network.name: missing; allowed: deeplabv3plus, frrn",
         "config.yaml:2: data.root: missing; a2d2 needs it",
         "config.yaml:2: data.image_size: missing; [height, width] of the network's input in pixels",
         "config.yaml:2: data.subsets: missing; subsets to train on, such as [highway, urban], or [all]",
@@ -144,7 +144,11 @@ def test_augmentation_can_be_switched_off(write):
 @pytest.mark.parametrize(
     ("text", "changes", "line"),
     [
-        (MOE, {"ensemble": {"type": "mean"}}, "ensemble: stands beside gate; a run has one of the two"),
+        (
+            MOE,
+            {"ensemble": {"type": "mean"}},
+            "ensemble: stands beside gate; a run has one of gate, gates, ensemble",
+        ),
         (MOE, {"experts": {}}, "gate: needs experts: {name: run folder, ...}, the networks to join"),
         (MOE, {"experts": {"a": "b"}}, "experts: gate needs at least 2 of them, found 1"),
         (MOE, {"gate": None}, "experts: need gate (to be trained) or ensemble (fixed) to join them"),
@@ -186,6 +190,65 @@ def test_runs_that_fit_together(write):
     assert load(write(MOE), {"train": None}).train is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {"experts": {"a": "runs/a", "b": "runs/b"}},
+            ["experts: stands beside shared_encoder, whose decoders are the experts of its one gate"],
+        ),
+        (
+            {"ensemble": {"type": "mean"}},
+            ["ensemble: stands beside shared_encoder, whose decoders are the experts of its one gate"],
+        ),
+        ({"gate": None}, ["shared_encoder: needs gate, to join its decoders"]),
+        ({"network": None}, ["shared_encoder: needs network, of which it takes encoder and decoders"]),
+        (
+            {"data.subsets": ["highway"], "gate": None},
+            [
+                "shared_encoder: needs gate, to join its decoders",
+                "data.subsets: ['highway']: shared_encoder has a decoder for each subset; name at least 2, "
+                "without all",
+            ],
+        ),
+        (
+            {"data.subsets": ["highway", "all"]},
+            [
+                "data.subsets: ['highway', 'all']: shared_encoder has a decoder for each subset; name at "
+                "least 2, without all"
+            ],
+        ),
+        (
+            {"gate.calibrate": True},
+            [
+                "gate.calibrate: stands beside shared_encoder, whose decoders change with every step of the gate"
+            ],
+        ),
+        (
+            {"gate.optimizer": {"name": "sgd", "lr": 0.1}, "shared_encoder.training": "joint"},
+            [
+                "gate.optimizer: has no effect in joint training, where train.optimizer moves gate and "
+                "experts alike"
+            ],
+        ),
+        ({"shared_encoder.training": "both"}, None),
+        ({"shared_encoder": {}}, None),
+        ({"shared_encoder": "separate"}, None),
+    ],
+)
+def test_checks_around_a_shared_encoder(write, changes, lines):
+    found = [line.split(": ", 1)[1] for line in refused(write(SHARED_ENCODER), **changes)]
+    assert sorted(found) == sorted(lines) if lines else len(found) == 1
+
+
+def test_a_shared_encoder_is_a_gate_without_experts(write):
+    for training in ("separate", "joint"):
+        config = load(write(SHARED_ENCODER), {"shared_encoder": {"training": training}})
+        assert config.shared_encoder.training == training
+        assert from_dict(config.resolved()) == config
+    assert load(write(MOE)).shared_encoder is None
+
+
 def test_a_misspelt_section_does_not_bring_further_mistakes(write):
     assert len(refused(write(MOE.replace("experts:", "expert:")))) == 1
     assert len(refused(write(EXPERT.replace("network:", "netwrok:")))) == 1
@@ -219,7 +282,7 @@ def places(value, path=()):
         yield from places(item, (*path, key))
 
 
-@pytest.mark.parametrize("text", [EXPERT, MOE, EVALUATION, PIPELINE])
+@pytest.mark.parametrize("text", [EXPERT, MOE, SHARED_ENCODER, EVALUATION, PIPELINE])
 def test_nothing_that_is_written_is_a_bug_of_ours(write, text):
     """Any garbage at any place either loads or is refused in our words."""
     resolved = load(write(text)).resolved()
@@ -295,7 +358,7 @@ def test_a_stage_may_use_earlier_stages_only(write):
 # Resolved
 
 
-@pytest.mark.parametrize("text", [EXPERT, MOE, EVALUATION, PIPELINE])
+@pytest.mark.parametrize("text", [EXPERT, MOE, SHARED_ENCODER, EVALUATION, PIPELINE])
 def test_resolved_and_rendered_configs_are_the_same_config(write, text):
     config = load(write(text))
     resolved = config.resolved()
@@ -344,7 +407,8 @@ SECTIONS = {name: section for kind in KINDS.values() for name, section in sectio
 
 def test_the_walk_over_sections_finds_them_all():
     assert set(SECTIONS) == {
-        "Run", "Evaluation", "Pipeline", "Stage", "Data", "Augment", "Gate", "Train", "Evaluate",
+        "Run", "Evaluation", "Pipeline", "Stage", "Data", "Augment", "Gate", "SharedEncoder", "Cache",
+        "Train", "Evaluate",
     }  # fmt: skip
 
 

@@ -244,6 +244,6 @@ def test_wrong_overrides_are_told_together(write):
         "command line: train.epochs.x: train.epochs (config.yaml:5) has no entry 'x' to set",
         "command line: train.ema: not YAML: expected ',' or ']', but got '<stream end>'",
         "command line: name: ${NOPE}: the variable NOPE is not set; set it, or write ${NOPE:-default}",
-        "command line: trian: unknown key; allowed: name, output, data, network, experts, gate, ensemble, "
-        "train, evaluate; did you mean 'train'?",
+        "command line: trian: unknown key; allowed: name, output, data, network, experts, gate, gates, ensemble, "
+        "shared_encoder, cache, train, evaluate; did you mean 'train'?",
     ]

@@ -20,7 +20,7 @@ import toy
 from torch import nn
 from toy import Batches, Net, phase_of, train
 
-from engine import loop, progress, resume
+from engine import learner, progress, resume
 from engine.checkpoints import load_metadata, load_state, load_weights, save_state, tensors_sha256
 from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
@@ -204,7 +204,7 @@ def test_phases_take_turns_on_the_same_batch_each_with_its_own_parameters(tmp_pa
 def test_a_phase_gives_no_gradient_to_parameters_of_others():
     model = Pair()
     batch = next(Batches().epoch(0))
-    compute_gradients(pair_of_phases(model, 9)[0], model, [(batch.images, batch.labels.long())])
+    compute_gradients(pair_of_phases(model, 9)[0], model, [(batch.images.float() / 255, batch.labels.long())])
     assert all(parameter.grad is not None for parameter in model.one.parameters())
     assert all(parameter.grad is None for parameter in model.two.parameters())
 
@@ -377,7 +377,7 @@ def broken_from(step: int, value: str):
 def test_bad_numbers_stop_with_step_loss_and_frames_and_spoil_nothing(
     tmp_path, monkeypatch, at_once, value, words
 ):
-    monkeypatch.setattr(loop, "_looks_at_every_step", lambda device: at_once)
+    monkeypatch.setattr(learner, "_looks_at_every_step", lambda device: at_once)
     kept, fetched = [], []
 
     def keep(epoch, index):
@@ -626,7 +626,7 @@ def test_only_what_training_changes_is_in_the_state(tmp_path):
 
 
 def test_lines_tell_rate_loss_speed_waiting_and_time_left(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "LOG_STEPS", 4)
+    monkeypatch.setattr(learner, "LOG_STEPS", 4)
     _, run, _ = train(tmp_path / "run", epochs=1)
     lines = capsys.readouterr().out.splitlines()
     assert [line[20:] for line in (run.path / "log.txt").read_text().splitlines()] == lines
@@ -641,9 +641,9 @@ def test_lines_tell_rate_loss_speed_waiting_and_time_left(tmp_path, monkeypatch,
 
 
 def test_a_line_tells_the_mean_since_the_line_before(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "LOG_STEPS", 2)
+    monkeypatch.setattr(learner, "LOG_STEPS", 2)
     told, values = [], iter([1.0, 3.0, 10.0, 30.0, 5.0, 5.0])
-    monkeypatch.setattr(loop.Progress, "line", lambda self, losses: told.append(losses))
+    monkeypatch.setattr(progress.Progress, "line", lambda self, losses: told.append(losses))
 
     def loss(model, images, labels):
         value = next(values)
@@ -705,5 +705,5 @@ def test_wandb_is_used_only_when_asked_for(tmp_path, monkeypatch):
 def test_the_engine_imports_no_picture_or_board_library_before_it_draws():
     heavy = {"matplotlib", "tensorboard", "wandb"}
     code = f"import engine.loop, sys; sys.exit(bool({heavy} & set(sys.modules)))"
-    root = Path(loop.__file__).parents[1]
+    root = Path(learner.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0

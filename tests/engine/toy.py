@@ -16,11 +16,13 @@ from torch import nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from engine.loop import Phase, fit, optimizer_steps, supervised
+from engine.learner import Learner
+from engine.loop import fit, optimizer_steps, supervised
 from engine.losses import cross_entropy
 from engine.optimizers import poly, sgd
 from engine.randomness import seed_everything
 from engine.runs import RunFolder
+from engine.steps import Phase
 
 METRICS = ("miou", "aacc")
 CLASSES = 3
@@ -114,23 +116,40 @@ def train(
     options=None,
     **changed,
 ):
-    """fit on the toy with changed settings; options: those of fit. Returns (result, run, model)."""
-    seed_everything(304)
-    model, config, batches = net(), settings(**changed), Batches() if batches is None else batches
+    """fit on the toy with changed settings; options: those of the learner. Returns (result, run, model)."""
+    config, batches = settings(**changed), Batches() if batches is None else batches
+    one = learner(folder, batches, config, resume, net, phases, weights, **(options or {}))
+    (result,) = together([one], batches, validate, config)
+    return result, one.run, one.model
+
+
+def learner(
+    folder,
+    batches,
+    config,
+    resume=False,
+    net=Net,
+    phases=one_phase,
+    weights=weights,
+    seed=304,
+    **options,
+) -> Learner:
+    seed_everything(seed)
+    model = net()
     run = RunFolder(folder, {"name": Path(folder).name}, resume=resume)
-    result = fit(
-        model,
-        phases(model, optimizer_steps(batches, config)),
+    return Learner(model, phases(model, optimizer_steps(batches, config)), run, weights, **options)
+
+
+def together(learners, batches, validate, config) -> list:
+    """fit; validate takes one model."""
+    return fit(
+        learners,
         batches,
-        validate,
-        run,
+        lambda models: [validate(model) for model in models],
         config,
         torch.device("cpu"),
-        weights=weights,
         metrics=METRICS,
-        **(options or {}),
     )
-    return result, run, model
 
 
 def main(folder: str, *words: str) -> None:

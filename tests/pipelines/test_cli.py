@@ -16,8 +16,10 @@ from pipelines.cli import Options, main
 ROOT = Path(__file__).resolve().parents[2]
 DATA = "data: {name: a2d2, root: somewhere, image_size: [48, 64], subsets: [highway]}\n"
 NETWORK = f"name: expert\n{DATA}network: {{name: deeplabv3plus}}\ntrain: {{epochs: 3}}\n"
+FRRN = NETWORK.replace("deeplabv3plus", "frrn, variant: B")
 ENSEMBLE = f"name: ensemble\n{DATA}experts: {{a: runs/a, b: runs/b}}\nensemble: {{type: mean}}\n"
 EVALUATION = f"name: rows\n{DATA}baselines: {{baseline: runs/baseline}}\n"
+SCRIPTS = [f"{command}_{family}.py" for family in cli.FAMILIES for command in ("train", "evaluate")]
 PIPELINE = "name: stages\nstages: {expert: {config: config.yaml}}\n"
 
 
@@ -121,7 +123,12 @@ def test_wrong_arguments_exit_with_2(write, calls, argv):
             "train: missing",
             "evaluate_deeplab.py",
         ),
+        ("train", "frrn", ENSEMBLE, "an ensemble has nothing to train", "evaluate_frrn.py"),
+        ("train", "frrn", NETWORK, "train_frrn.py takes frrn, not deeplabv3plus", "train_deeplab.py"),
+        ("evaluate", "frrn", NETWORK, "evaluate_frrn.py takes frrn", "evaluate_deeplab.py"),
+        ("train", "deeplab", FRRN, "train_deeplab.py takes deeplabv3plus, not frrn", "train_frrn.py"),
         ("pipeline", None, NETWORK, "a single run", "train_deeplab.py"),
+        ("pipeline", None, FRRN, "a single run", "train_frrn.py"),
         ("pipeline", None, ENSEMBLE, "an ensemble has nothing to train", "evaluate_deeplab.py"),
         ("pipeline", None, EVALUATION, "evaluates finished runs", "evaluate_deeplab.py"),
     ],
@@ -182,7 +189,7 @@ def test_wrong_config_is_told_and_nothing_runs(write, calls, capsys):
     assert calls.list == []
 
 
-@pytest.mark.parametrize("script", ["train_deeplab.py", "evaluate_deeplab.py"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_three_mistakes_in_one_answer_without_heavy_imports(tmp_path, script):
     config = tmp_path / "broken.yaml"
     config.write_text(
@@ -218,7 +225,7 @@ def test_three_mistakes_in_one_answer_without_heavy_imports(tmp_path, script):
 
 
 def test_scripts_explain_themselves():
-    for script in ("train_deeplab.py", "evaluate_deeplab.py", "run_pipeline.py"):
+    for script in (*SCRIPTS, "run_pipeline.py"):
         done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0
         assert f"python {script}" in " ".join(done.stdout.split())

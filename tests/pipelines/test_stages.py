@@ -193,10 +193,13 @@ def test_unknown_stage_is_told_with_those_there_are(folder):
         run(folder, only="gates")
 
 
-def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch):
-    stage = module.build_stages(load(folder / "pipeline.yaml"))["day"]
+@pytest.mark.parametrize(
+    ("name", "work"), [("day", "network"), ("gate", "gate"), ("evaluation", "evaluate")]
+)
+def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch, name, work):
+    stage = module.build_stages(load(folder / "pipeline.yaml"))[name]
     before = module.ingredients_of(stage)
-    monkeypatch.setitem(module.VERSIONS, "train", 99)
+    monkeypatch.setitem(module.VERSIONS, work, 99)
     assert module.changes(before, module.ingredients_of(stage)) == [
         f"version changed from {before['version']} to 99"
     ]
@@ -229,3 +232,13 @@ def test_records_survive_as_json(folder):
     records.write("day", {"key": "a", "done": True})
     assert module.Records(folder / "stages.json").read("day") == {"key": "a", "done": True}
     assert json.loads((folder / "stages.json").read_text())
+
+
+def test_a_section_that_a_newer_version_added_and_nobody_uses_is_no_change():
+    before = {"config.train.epochs": 2, "config.train.ema": None}
+    after = {"config.train.epochs": 2, "config.cache": "none", "config.shared_encoder": None}
+    assert module.changes(before, after) == []
+    assert module.changes(before, {**after, "config.cache": "auto"}) == ["config.cache is new: auto"]
+    assert module.changes({**before, "config.train.ema": 0.9}, after) == [
+        "config.train.ema is gone, was 0.9"
+    ]

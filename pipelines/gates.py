@@ -1,0 +1,72 @@
+"""Gates in training: what their loss sees of the experts, and several of them in one pass."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import Gate, Run, from_dict
+from engine.temperatures import fit_temperatures
+from networks.moe import ExpertOutputs, MixtureOfExperts
+from networks.routing import routing_penalty
+
+IGNORED = 255
+
+
+def runs_in(config: Run) -> list[Run]:
+    """The run itself, or one for each of its gates as if it were trained alone in the folder NAME/gate."""
+    if not config.gates:
+        return [config]
+    whole = config.resolved()
+    gates = whole.pop("gates")
+    return [
+        from_dict({**whole, "name": f"{config.name}/{name}", "gate": gate}, "run", origin=config.name)
+        for name, gate in gates.items()
+    ]
+
+
+def gate_loss(loss: Callable, gate: Gate) -> Callable:
+    """The phase loss (mixture, experts' outputs, labels [B, H, W]) -> (sum, count) of a gate.
+
+    gate.loss_at "full": of logits at the images' size; "logits": on the logits' own grid, labels reduced to
+    it. The penalties that the gate asks for are added to the mean loss."""
+
+    def value(mixture: MixtureOfExperts, outputs: ExpertOutputs, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if gate.loss_at == "full" and (mixture.conv_at == "full" or not hasattr(loss, "upsampled")):
+            logits, weights = mixture.combine(outputs)
+            total, count = loss(logits, labels)
+        else:
+            mixed, weights = mixture.mix(outputs)
+            grid = mixture.grid(outputs.size)
+            if gate.loss_at == "full":
+                total, count = loss.upsampled(mixed, labels, grid)
+            else:
+                total, count = loss(mixed, reduced(labels, grid, mixed.shape[-2:]))
+        return total + count * routing_penalty(weights, gate.balance, gate.entropy), count
+
+    return value
+
+
+def reduced(labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Labels [B, H, W] at the centres of the cells of a `size` raster laid over the padded grid; 255 in what
+    was padded."""
+    rows, columns = (
+        ((2 * torch.arange(cells, device=labels.device) + 1) * whole) // (2 * cells)
+        for cells, whole in zip(size, grid, strict=True)
+    )
+    height, width = labels.shape[-2:]
+    taken = labels[:, rows.clamp(max=height - 1)][:, :, columns.clamp(max=width - 1)]
+    inside = (rows < height)[:, None] & (columns < width)
+    return torch.where(inside, taken, IGNORED)
+
+
+def calibrate(mixtures: Sequence[MixtureOfExperts], batches: Iterable, prepare: Callable, device) -> None:
+    """Sets the experts' temperatures of the mixtures that want them, fitted on the validation frames."""
+    wanting = [mixture for mixture in mixtures if mixture.calibrate]
+    if not wanting:
+        return
+    layout = torch.channels_last
+    seen = ((prepare(batch, device, layout), batch.labels.to(device)) for batch in batches)
+    temperatures = fit_temperatures(seen, wanting[0].grid, ignore_index=IGNORED)
+    for mixture in wanting:
+        mixture.expert_temperatures.copy_(torch.tensor(temperatures))
