@@ -2,45 +2,31 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from attacks.clean import clean
 from engine.config import UserError
+from evaluation.answers import Answers, answer, views_of
+from evaluation.ceilings import NO_CEILINGS, Ceilings
+from evaluation.enlarge import Enlargements
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
-from evaluation.rows import Ceilings, Outputs, Row
+from evaluation.rows import Outputs, Row, is_combination
 from metrics.confusion import confusion
+from metrics.detection import count_scores
+from metrics.disagreement import case_map, count_cases
 
-NO_CEILINGS = Ceilings()
-
-
-@dataclass(frozen=True)
-class View:
-    """Frames of a batch whose labels share a size, and the part of the network's input that they cover."""
-
-    index: slice
-    labels: Tensor  # uint8 [b, h, w]
-    window: tuple[int, int, int, int]  # top, left, height, width
-
-    def fit(self, logits: Tensor) -> Tensor:
-        """Logits [B, C, H, W] of the network's input -> [b, C, h, w] of the labels: crop, then bilinear."""
-        top, left, height, width = self.window
-        logits = logits[self.index, :, top : top + height, left : left + width]
-        logits = logits.contiguous(memory_format=torch.channels_last)  # resize and argmax: twice as fast
-        size = tuple(self.labels.shape[-2:])
-        if size == (height, width):
-            return logits
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Everything an overlay shows of one frame; `image` is what the network saw of it."""
+    """Everything an overlay shows of one frame; `image` is what the network saw of it. Class ids by row and by
+    network; of rows that combine experts `metrics.disagreement.case_map` as well."""
 
     name: str
     subset: str
@@ -48,6 +34,7 @@ class Sample:
     label: np.ndarray  # uint8 [h, w]
     predictions: dict[str, np.ndarray]  # row -> uint8 [h, w]
     weights: dict[str, np.ndarray]  # gate -> [E, K]
+    cases: dict[str, np.ndarray] = field(default_factory=dict)  # gate or ensemble -> uint8 [h, w]
 
 
 def evaluate(
@@ -65,14 +52,15 @@ def evaluate(
     on_sample: Callable[[Sample], None] = print,
     chosen: str = "",
 ) -> Results:
-    """Per-image confusion matrices of every row, of the ceilings, and the floor (best constant class).
+    """Per-image counts of every row, of the ceilings, and the floor (best constant class).
 
     batches: with images uint8 [B, 3, H, W], labels uint8 [B, H, W], native_labels (uint8 [h, w]
     per frame, or None where `labels` is what counts) and frames (name, subset, block).
     networks: in eval mode, with forward_features(images) -> (logits, features) and `stride`;
-    `upsample(logits, size, stride)` brings the logits to the input's size. `window(native size)` tells which
-    part (top, left, height, width) of the network's input a frame of that size covers. `attack(model, images,
-    labels)` works on images in [0, 1]. Frames named in `keep` are handed to `on_sample`.
+    `upsample(logits, size, stride)` brings the logits to the input's size, as `enlarge.Enlargements` says.
+    `window(native size)` tells which part (top, left, height, width) of the network's input a frame of that size
+    covers. `attack(model, images, labels)` works on images in [0, 1]. Frames named in `keep` are handed to
+    `on_sample`.
 
     Raises UserError where there is no frame, and where two rows or two frames have one name.
     """
@@ -80,34 +68,44 @@ def evaluate(
     _refuse_repeats("rows", [info.name for info in infos])
     for network in networks.values():
         network.eval()
-    frames, scores, weights = [], [], []
+    enlargements = Enlargements(upsample, device)
+    frames, counts = [], []
     for batch in tqdm(batches, desc=f"evaluate {protocol.split}", unit="batch", disable=None, leave=False):
         images = batch.images.to(device, non_blocking=True).float() / 255
         labels = batch.labels.to(device, non_blocking=True)
         images = attack(networks, images, labels)  # `clean` is the same for every row, so one pass serves all
         with torch.inference_mode():
-            outputs = Outputs(networks, images, protocol.precision, upsample)
-            views = _views(batch, labels, window)
-            answers, batch_weights = _answer(outputs, batch, views, rows, ceilings)
-            scores.append(_count(answers, infos[:-1], views, batch.frames, len(protocol.classes)))
-        for sample in _samples(answers, batch_weights, batch, views, keep):
+            outputs = Outputs(networks, images, protocol.precision, enlargements)
+            views = views_of(batch, labels, window)
+            answers, weights = answer(outputs, batch, views, rows, ceilings, enlargements)
+            weights = {name: mean.cpu().numpy() for name, mean in weights.items()}
+            for one in answers:
+                part = _count(one, rows, infos[:-1], batch.frames, len(protocol.classes))
+                part["luma"] = _luma(one.view.crop(images))
+                part |= {("weights", name): mean[one.view.frames] for name, mean in weights.items()}
+                counts.append(part)
+        for sample in _samples(answers, weights, batch, rows, keep):
             on_sample(sample)
-        weights.append(batch_weights)
         frames += batch.frames
     if not frames:
         raise UserError(f"evaluate: {protocol.dataset} has no {protocol.split} frame to evaluate on")
     _refuse_repeats("frames", [frame.name for frame in frames])
-    matrices, truth = zip(*scores, strict=True)
+    whole = {key: np.concatenate([part[key] for part in counts]) for key in counts[0]}
+    by_row = {
+        kind: {key[1]: array for key, array in whole.items() if key[0] == kind}
+        for kind in ("weights", "cases", "scores")
+    }
     return Results(
         protocol=protocol,
         rows=tuple(infos),
         images=tuple(frame.name for frame in frames),
         subsets=tuple(frame.subset for frame in frames),
         blocks=tuple(frame.block for frame in frames),
-        matrices=np.concatenate(matrices, axis=1),
-        truth=np.concatenate(truth),
-        weights={name: np.concatenate([part[name] for part in weights]) for name in weights[0]},
+        matrices=whole["matrices"].swapaxes(0, 1),
+        truth=whole["truth"],
+        luma=whole["luma"],
         chosen=chosen,
+        **by_row,
     )
 
 
@@ -129,70 +127,69 @@ def _refuse_repeats(what: str, names: list[str]) -> None:
         raise UserError(f"evaluate: two {what} are named {repeated[0]!r}; give each its own name")
 
 
-def _views(batch, labels: Tensor, window: Callable) -> list[View]:
-    """One view of the whole batch at the network's resolution, or one per frame at its native size."""
-    if batch.native_labels is None:
-        return [View(slice(0, len(labels)), labels, (0, 0, *labels.shape[-2:]))]
-    natives = [torch.as_tensor(native).to(labels.device) for native in batch.native_labels]
-    return [
-        View(slice(index, index + 1), native[None], window(tuple(native.shape)))
-        for index, native in enumerate(natives)
-    ]
-
-
-def _answer(
-    outputs: Outputs, batch, views: list[View], rows: Sequence[Row], ceilings: Ceilings
-) -> tuple[dict[str, list[Tensor]], dict[str, np.ndarray]]:
-    """Class ids of every row and ceiling, uint8 [b, h, w] per view, and the weights [B, E, K] of rows."""
-    answers: dict[str, list[Tensor]] = {}
-    weights: dict[str, np.ndarray] = {}
-    for row in rows:
-        logits, row_weights = row.predict(outputs, batch)
-        answers[row.name] = [view.fit(logits).argmax(dim=1).to(torch.uint8) for view in views]
-        if row_weights is not None:
-            weights[row.name] = row_weights.float().mean(dim=(-2, -1)).cpu().numpy()
-    for view in views if ceilings.decide else ():
-        expert_logits = torch.stack([view.fit(outputs.logits(name)) for name in ceilings.experts], dim=1)
-        for name, decide in ceilings.decide.items():
-            answers.setdefault(name, []).append(decide(expert_logits, view.labels).to(torch.uint8))
-    return answers, weights
+def _luma(images: Tensor) -> np.ndarray:
+    """Mean luma of images [b, 3, h, w] in [0, 1], float64 [b]."""
+    channels = images.mean(dim=(2, 3), dtype=torch.float64)
+    return (channels @ channels.new_tensor(LUMA)).cpu().numpy()
 
 
 def _count(
-    answers: Mapping[str, list[Tensor]],
-    infos: Sequence[RowInfo],
-    views: list[View],
-    frames: list,
-    num_classes: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Counts int32 [R, B, K, K], 0 where a row is not defined, and labelled pixels int64 [B, K]."""
-    counts = []
-    for info in infos:
-        pairs = zip(answers[info.name], views, strict=True)
-        parts = [confusion(answer, view.labels, num_classes) for answer, view in pairs]
-        defined = [info.subsets is None or frame.subset in info.subsets for frame in frames]
-        counts.append(torch.cat(parts) * torch.tensor(defined, device=parts[0].device)[:, None, None])
-    labels = [label.flatten().int() for view in views for label in view.labels]
-    truth = [torch.bincount(label, minlength=256)[:num_classes] for label in labels]
-    return torch.stack(counts).int().cpu().numpy(), torch.stack(truth).cpu().numpy()
+    answers: Answers, rows: Sequence[Row], infos: Sequence[RowInfo], frames: list, num_classes: int
+) -> dict:
+    """Counts of a view's b frames, the frames along the first axis; `frames` are those of the batch.
+
+    "matrices": int32 [b, R, K, K], 0 where a row is not defined. "truth": labelled pixels int64 [b, K]. For each
+    row that combines experts ("cases", row) and ("scores", row) as Results has them."""
+    frames = frames[answers.view.frames]
+    pieces = [_count_piece(piece, rows, infos, frames, num_classes) for piece in answers.pieces()]
+    return {key: sum(piece[key] for piece in pieces) for key in pieces[0]}
+
+
+def _count_piece(answers: Answers, rows, infos, frames: list, num_classes: int) -> dict:
+    labels = answers.view.labels
+    counts = torch.stack([confusion(answers.rows[info.name], labels, num_classes) for info in infos], dim=1)
+    defined = [[info.subsets is None or frame.subset in info.subsets for info in infos] for frame in frames]
+    counts *= torch.tensor(defined, device=counts.device)[:, :, None, None]
+    truth = torch.stack([torch.bincount(one.flatten().int(), minlength=256)[:num_classes] for one in labels])
+    found = {"matrices": counts.int().cpu().numpy(), "truth": truth.cpu().numpy()}
+    for experts, bins in answers.bins.items():
+        names = [row.name for row in rows if is_combination(row) and row.experts == experts]
+        said, stacked, tied = _together(answers, names, experts)
+        cases = count_cases(stacked, said, labels, tied, num_classes).astype(np.int32)
+        scores = count_scores(bins, stacked != labels, labels).int().cpu().numpy()
+        for place, name in enumerate(names):
+            found["cases", name], found["scores", name] = cases[place], scores[place]
+    return found
+
+
+def _together(
+    answers: Answers, names: Sequence[str], experts: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(class ids of the experts [E, b, h, w], class ids and ties of rows that combine them [R, b, h, w])."""
+    said = torch.stack([answers.networks[name] for name in experts])
+    return said, *(torch.stack([where[name] for name in names]) for where in (answers.rows, answers.tied))
 
 
 def _samples(
-    answers: Mapping[str, list[Tensor]], weights, batch, views: list[View], keep: Collection[str]
+    answers: Sequence[Answers], weights: Mapping, batch, rows: Sequence[Row], keep: Collection[str]
 ) -> Iterable[Sample]:
     """A Sample of each frame named in `keep`."""
-    for position, view in enumerate(views):
-        top, left, height, width = view.window
-        for offset, index in enumerate(range(view.index.start, view.index.stop)):
+    for one in answers:
+        images = one.view.crop(batch.images)
+        for place, index in enumerate(range(*one.view.frames.indices(len(batch.frames)))):
             frame = batch.frames[index]
-            if frame.name in keep:
-                image = batch.images[index, :, top : top + height, left : left + width]
-                predictions = {row: parts[position][offset].cpu().numpy() for row, parts in answers.items()}
-                yield Sample(
-                    name=frame.name,
-                    subset=frame.subset,
-                    image=image.permute(1, 2, 0).cpu().numpy(),
-                    label=view.labels[offset].cpu().numpy(),
-                    predictions=predictions,
-                    weights={gate: per_image[index] for gate, per_image in weights.items()},
-                )
+            if frame.name not in keep:
+                continue
+            cases = {}
+            for row in filter(is_combination, rows):
+                said, answer, tied = _together(one, [row.name], row.experts)
+                cases[row.name] = case_map(answer, said, one.view.labels, tied)[0, place].cpu().numpy()
+            yield Sample(
+                name=frame.name,
+                subset=frame.subset,
+                image=images[place].permute(1, 2, 0).cpu().numpy(),
+                label=one.view.labels[place].cpu().numpy(),
+                predictions={name: said[place].cpu().numpy() for name, said in one.rows.items()},
+                weights={gate: per_image[index] for gate, per_image in weights.items()},
+                cases=cases,
+            )

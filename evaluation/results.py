@@ -16,7 +16,8 @@ from metrics.confusion import aacc, counted_classes, fwiou, macc, miou
 
 KINDS = ("baseline", "expert", "ensemble", "gate", "control", "ceiling", "floor")
 FLOOR = "best constant class"
-VERSION = 1  # of per_image.npz
+VERSION = 2  # of per_image.npz
+ARRAYS, BY_ROW = ("matrices", "truth", "luma"), ("weights", "cases", "scores")  # of Results
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Results:
     """R rows, N images, K classes.
 
     `matrices` holds a row's counts (rows: truth, columns: prediction; 0 where the row is not defined on the
-    image), `truth` the labelled pixels of each class, `weights` per gate the weights of each image. The last
-    row is the floor, which has no matrix: it follows from `truth`.
-    `chosen` names the gate that was picked on the validation split ("" where none was).
+    image), `truth` the labelled pixels of each class, `luma` the mean luma of each image in [0, 1], `weights` per
+    gate the weights of each image. For each gate and ensemble of several experts `cases` are pixels by class,
+    case and who is right (`metrics.disagreement.count_cases`), `scores` right and wrong pixels by the bin of the
+    experts' Jensen-Shannon distance (`metrics.detection`). The last row is the floor, which has no matrix: it
+    follows from `truth`. `chosen` names the gate that was picked on the validation split ("" where none was).
     """
 
     protocol: Protocol
@@ -67,7 +70,10 @@ class Results:
     blocks: tuple[str, ...]  # of each image: the unit of the bootstrap
     matrices: np.ndarray  # int32 [R - 1, N, K, K]
     truth: np.ndarray  # int64 [N, K]
+    luma: np.ndarray  # float64 [N]
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [N, E, K or 1]
+    cases: dict[str, np.ndarray] = field(default_factory=dict)  # int32 [N, K, 5 + E, 2 + E]
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # int32 [N, 2, bins]
     chosen: str = ""
 
     @cached_property
@@ -173,14 +179,15 @@ class Results:
             "images": self.images,
             "subsets": self.subsets,
             "blocks": self.blocks,
-            "gates": list(self.weights),
+            "by_row": {kind: list(getattr(self, kind)) for kind in BY_ROW},
             "chosen": self.chosen,
         }
-        arrays = {f"weights_{index}": weights for index, weights in enumerate(self.weights.values())}
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        for kind in BY_ROW:
+            values = getattr(self, kind).values()
+            arrays |= {f"{kind}_{index}": array for index, array in enumerate(values)}
         buffer = io.BytesIO()
-        np.savez_compressed(
-            buffer, about=np.array(json.dumps(about)), matrices=self.matrices, truth=self.truth, **arrays
-        )
+        np.savez_compressed(buffer, about=np.array(json.dumps(about)), **arrays)
         atomic_write(path, buffer.getvalue())
 
     @classmethod
@@ -189,18 +196,21 @@ class Results:
         try:
             with np.load(path, allow_pickle=False) as file:
                 about = json.loads(str(file["about"]))
-                matrices, truth = file["matrices"], file["truth"]
-                weights = {name: file[f"weights_{index}"] for index, name in enumerate(about["gates"])}
+                if about["version"] != VERSION:
+                    raise UserError(
+                        f"{path}: format {about['version']}, this code reads {VERSION}; evaluate again"
+                    )
+                arrays = {name: file[name] for name in ARRAYS}
+                for kind, names in about["by_row"].items():
+                    arrays[kind] = {name: file[f"{kind}_{index}"] for index, name in enumerate(names)}
         except FileNotFoundError as error:
             raise UserError(f"{path}: no evaluation here; run evaluate_*.py first") from error
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             raise UserError(f"{path}: damaged ({error}); evaluate again") from error
-        if about["version"] != VERSION:
-            raise UserError(f"{path}: format {about['version']}, this code reads {VERSION}; evaluate again")
         protocol = Protocol(**_tuples(about["protocol"]))
         rows = tuple(RowInfo(**_tuples(row)) for row in about["rows"])
-        columns = (tuple(about[key]) for key in ("images", "subsets", "blocks"))
-        return cls(protocol, rows, *columns, matrices, truth, weights, about["chosen"])
+        columns = {key: tuple(about[key]) for key in ("images", "subsets", "blocks")}
+        return cls(protocol, rows, **columns, **arrays, chosen=about["chosen"])
 
 
 def _tuples(plain: dict) -> dict:

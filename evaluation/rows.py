@@ -1,51 +1,121 @@
 """The rows of the matrix: each a function of what the networks said about a batch. None runs a network."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.enlarge import Enlargement, Enlargements
 from evaluation.results import RowInfo
 
 
 class Outputs:
     """What the networks say about one batch, in float32."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], images: Tensor, precision: str, upsample: Callable):
-        """Runs every network once. Images [B, 3, H, W] in [0, 1]; for the rest see evaluate.evaluate."""
-        self.size = tuple(images.shape[-2:])
-        self._networks, self._upsample, self._full = networks, upsample, {}
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            pairs = {name: network.forward_features(images) for name, network in networks.items()}
+    def __init__(
+        self, networks: Mapping[str, nn.Module], images: Tensor, precision: str, enlargements: Enlargements
+    ):
+        """Runs every network once, an encoder that several share as well. Images [B, 3, H, W] in [0, 1]; for the
+        rest see evaluate.evaluate."""
+        self.images, self.size = images, tuple(images.shape[-2:])
+        self.precision = precision
+        self.strides = {name: network.stride for name, network in networks.items()}
+        with self.autocast():
+            pairs = run_networks(networks, images)
         self.low_res = {name: logits.float() for name, (logits, _) in pairs.items()}  # [B, C, h, w]
         self.features = {name: features.float() for name, (_, features) in pairs.items()}  # [B, F, h', w']
+        self._enlargements = enlargements
+        self._together: dict[tuple[str, ...], tuple[Tensor, int | None]] = {}
+        self._largest: dict[str, Tensor] = {}
 
-    def logits(self, name: str) -> Tensor:
-        """A network's logits at the size of its input, [B, C, H, W]; upsampled once, when first asked for."""
-        if name not in self._full:
-            self._full[name] = self._upsample(self.low_res[name], self.size, self._networks[name].stride)
-        return self._full[name]
+    def autocast(self) -> torch.autocast:
+        """The context that networks and gates run in."""
+        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def stacked(self, names: Iterable[str]) -> Tensor:
-        """Logits of several networks, [B, E, C, H, W]."""
-        return torch.stack([self.logits(name) for name in names], dim=1)
+    def together(self, names: tuple[str, ...]) -> tuple[Tensor, int | None]:
+        """Logits of several networks on the grid that they share, [B, E, C, h, w], and its stride; where they
+        share none, at the size of the input, stride None. Made once."""
+        if names not in self._together:
+            logits = [self.low_res[name] for name in names]
+            strides = {self.strides[name] for name in names}
+            if len({one.shape for one in logits}) > 1 or len(strides) > 1:
+                logits = [self._to_input(name).whole(self.low_res[name]) for name in names]
+                strides = {None}
+            self._together[names] = torch.stack(logits, dim=1), strides.pop()
+        return self._together[names]
+
+    def combined(self, names: Sequence[str], combine: Callable[[Tensor], Tensor]) -> Tensor:
+        """combine(logits [B, E, C, r, W] of several networks at the input's size) -> [B, C, r, W], in bands
+        of r rows: a function of each pixel. All of them, [B, C, H, W]."""
+        bands = zip(*(self._to_input(name).bands(self.low_res[name]) for name in names), strict=True)
+        whole = None
+        for parts in bands:
+            stacked = torch.stack([band.permute(0, 2, 3, 1) for _, band in parts])  # [E, B, r, W, C]
+            band = combine(stacked.permute(1, 0, 4, 2, 3))
+            if whole is None:
+                shape = (*band.shape[:2], *self.size)
+                whole = torch.empty(
+                    shape, dtype=band.dtype, device=band.device, memory_format=torch.channels_last
+                )
+            whole[:, :, parts[0][0]] = band
+        return whole
+
+    def largest(self, names: tuple[str, ...]) -> Tensor:
+        """Largest magnitude of the networks' logits on each image, [B]."""
+        for name in names:
+            if name not in self._largest:
+                self._largest[name] = torch.linalg.vector_norm(self.low_res[name], torch.inf, dim=(1, 2, 3))
+        return torch.stack([self._largest[name] for name in names]).amax(dim=0)
+
+    def prediction(self, name: str) -> "Prediction":
+        """What a network says by itself."""
+        return Prediction(self.low_res[name], self.strides[name])
+
+    def _to_input(self, name: str) -> Enlargement:
+        return self._enlargements.to_input(self.low_res[name], self.strides[name], self.size)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Logits [B, C, h, w] on a network's grid, to be upsampled as `stride` says; of stride None, at the input's
+    size. Weights [B, E, K, h', w'] of a gate."""
+
+    logits: Tensor
+    stride: int | None = None
+    weights: Tensor | None = None
+
+
+def run_networks(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """(logits, features) of every network. A network with an `encoder` offers encode(images) -> state and
+    decode(state) -> logits; an encoder that several networks share runs once."""
+    pairs, states = {}, {}
+    for name, network in networks.items():
+        encoder = getattr(network, "encoder", None)
+        if encoder is None:
+            pairs[name] = network.forward_features(images)
+            continue
+        if encoder not in states:
+            states[encoder] = network.encode(images)
+        pairs[name] = network.decode(states[encoder]), states[encoder].features
+    return pairs
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of the matrix; its kind is one of results.KINDS.
 
-    `predict(outputs, batch)` gives logits [B, C, H, W] at the network's input size, and gate weights
-    [B, E, K, h, w] or None. `experts` names the experts along E. `home`: the subsets it was trained on.
-    `subsets`: the subsets of frames on which it is defined (None: all); elsewhere its answer is dropped.
+    `predict(outputs, batch)` says what it predicts. `network`: the one whose answer it gives as it is ("": none).
+    `experts` names the experts that it combines, along E. `home`: the subsets it was trained on. `subsets`: the
+    subsets of frames on which it is defined (None: all); elsewhere its answer is dropped.
     """
 
     name: str
     kind: str
-    predict: Callable[[Outputs, object], tuple[Tensor, Tensor | None]]
+    predict: Callable[[Outputs, object], Prediction]
+    network: str = ""
     experts: tuple[str, ...] = ()
     home: tuple[str, ...] = ()
     subsets: tuple[str, ...] | None = None
@@ -54,56 +124,66 @@ class Row:
     def info(self) -> RowInfo:
         return RowInfo(self.name, self.kind, self.experts, self.home, self.subsets)
 
-
-@dataclass(frozen=True)
-class Ceilings:
-    """Rows that may look at the label: `decide[name](expert_logits [b, E, C, h, w], labels [b, h, w])` gives
-    class ids [b, h, w]. Both are at the label's resolution; labels hold class ids or 255."""
-
-    experts: tuple[str, ...] = ()
-    decide: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = field(default_factory=dict)
-
     @property
-    def infos(self) -> list[RowInfo]:
-        return [RowInfo(name, "ceiling") for name in self.decide]
+    def networks(self) -> tuple[str, ...]:
+        """The networks that have to run for it."""
+        return self.experts or (self.network,)
+
+
+def is_combination(row: Row | RowInfo) -> bool:
+    """Whether it is asked where its experts agree, and whom it follows: a gate or an ensemble of several."""
+    return row.kind in ("gate", "ensemble") and len(row.experts) > 1
 
 
 def network_row(name: str, kind: str, network: str, home: Sequence[str] = ()) -> Row:
     """A baseline or an expert by itself; `network` is its name among the networks."""
-    return Row(name, kind, lambda outputs, batch: (outputs.logits(network), None), home=tuple(home))
+    return Row(name, kind, lambda outputs, batch: outputs.prediction(network), network, home=tuple(home))
 
 
 def ensemble_row(
     name: str, experts: Sequence[str], combine: Callable[[Tensor], Tensor], kind: str = "ensemble"
 ) -> Row:
-    """`combine(expert_logits [B, E, C, H, W]) -> logits [B, C, H, W]`, as in the table of ensembles."""
-    experts = tuple(experts)
-    return Row(name, kind, lambda outputs, batch: (combine(outputs.stacked(experts)), None), experts)
-
-
-def gate_row(name: str, experts: Sequence[str], combine: Callable, kind: str = "gate") -> Row:
-    """`combine(expert_logits [B, E, C, h, w], features: list, size) -> (logits, weights [B, E, K, 1, 1])`: a
-    mixture's method of that name, which is fed with the outputs of the experts, run only once."""
+    """`combine(expert_logits [B, E, C, H, W]) -> logits [B, C, H, W]`, as in the table of ensembles: a function of
+    each pixel by itself, so that it is applied to bands of rows. Logits of -inf become the smallest number:
+    enlarged, they would make their neighbours NaN."""
     experts = tuple(experts)
 
-    def predict(outputs: Outputs, batch) -> tuple[Tensor, Tensor]:
-        expert_logits = torch.stack([outputs.low_res[expert] for expert in experts], dim=1)
-        return combine(expert_logits, [outputs.features[expert] for expert in experts], outputs.size)
+    def predict(outputs: Outputs, batch) -> Prediction:
+        logits = outputs.combined(experts, combine)
+        return Prediction(logits.clamp_(min=torch.finfo(logits.dtype).min))
 
-    return Row(name, kind, predict, experts)
+    return Row(name, kind, predict, experts=experts)
+
+
+def gate_row(
+    name: str, experts: Sequence[str], mix: Callable, kind: str = "gate", full_size: bool = False
+) -> Row:
+    """`mix(expert_logits [B, E, C, h, w], features: list, images, size) -> (logits, weights [B, E, K, h', w'])`
+    mixes what the experts, run only once, said about the images: on their own grid, or `full_size`: at the size
+    of the images."""
+    experts = tuple(experts)
+
+    def predict(outputs: Outputs, batch) -> Prediction:
+        expert_logits, stride = outputs.together(experts)
+        features = [outputs.features[expert] for expert in experts]
+        with outputs.autocast():
+            logits, weights = mix(expert_logits, features, outputs.images, outputs.size)
+        return Prediction(logits, None if full_size else stride, weights)
+
+    return Row(name, kind, predict, experts=experts)
 
 
 def mixture_row(name: str, experts: Sequence[str], weights_of, subsets: Sequence[str] | None = None) -> Row:
     """A control that mixes logits by `weights_of(frames) -> [B, E]`, one line of weights per frame."""
     experts = tuple(experts)
 
-    def predict(outputs: Outputs, batch) -> tuple[Tensor, Tensor]:
-        expert_logits = outputs.stacked(experts)
+    def predict(outputs: Outputs, batch) -> Prediction:
+        expert_logits, stride = outputs.together(experts)
         weights = torch.as_tensor(np.asarray(weights_of(batch.frames), dtype=np.float32))
         weights = weights.to(expert_logits.device)[:, :, None, None, None]  # [B, E, 1, 1, 1]
-        return (weights * expert_logits).sum(dim=1), weights
+        return Prediction((weights * expert_logits).sum(dim=1), stride, weights)
 
-    return Row(name, "control", predict, experts, subsets=None if subsets is None else tuple(subsets))
+    return Row(name, "control", predict, experts=experts, subsets=None if subsets is None else tuple(subsets))
 
 
 def constant_row(name: str, experts: Sequence[str], weights: Sequence[float]) -> Row:

@@ -1,4 +1,4 @@
-"""Every table of an evaluation: results.csv, matrix.csv/.md/.tex, classes.md, gate.csv. Runs nothing."""
+"""Writes every table of an evaluation, from matrix.csv to results.csv, and builds most of them. Runs nothing."""
 
 import csv
 import io
@@ -8,21 +8,22 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-
 from engine.runs import atomic_write
+from evaluation.disagreement import (
+    DISAGREEMENT_COLUMNS,
+    disagreement_rows,
+    error_detection,
+    per_image_columns,
+    per_image_rows,
+)
 from evaluation.formats import latex_escape, markdown_table, number, percent
+from evaluation.gate_table import GATE_COLUMNS, gate_rows
 from evaluation.results import Results
 from metrics.confusion import iou_per_class
-from metrics.gate import gate_statistics
 
 RESULT_COLUMNS = (
     "model", "kind", "subset", "corruption", "severity", "suite", "attack", "eps", "metric", "class", "value",
     "ci_low", "ci_high", "units", "n_images", "passes_per_image",
-)  # fmt: skip
-GATE_COLUMNS = (
-    "model", "subset", "class", "expert", "mean", "std", "entropy_of_mean", "mean_entropy", "entropy_max",
-    "collapsed", "dead_share", "n_images",
 )  # fmt: skip
 IN_PERCENT = (
     "Figures are in percent, behind them in parentheses the number of classes counted; matrix.csv and "
@@ -69,6 +70,8 @@ def write_tables(
         "matrix.tex": matrix_latex(results, subsets, matrix),
         "classes.md": classes_markdown(results, subsets),
         "gate.csv": _csv(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
+        "disagreement.csv": _csv(DISAGREEMENT_COLUMNS, disagreement_rows(results, subsets)),
+        "disagreement_per_image.csv": _csv(per_image_columns(results), per_image_rows(results)),
         "results.csv": _csv(RESULT_COLUMNS, result_rows(results, subsets)),
     }
     for name, text in files.items():
@@ -94,6 +97,8 @@ def result_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
                 **results.figures(name, subset),
                 "classes_counted": results.counted(name, subset) if total.any() else math.nan,
             }
+            if name in results.cases:
+                values |= error_detection(results, name, subset)
             model = {**base, "model": name, "kind": results.row(name).kind}
             rows += [{**model, "metric": metric, "value": value} for metric, value in values.items()]
             for class_name, iou in zip(results.protocol.classes, iou_per_class(total).tolist(), strict=True):
@@ -114,41 +119,6 @@ def matrix_rows(results: Results, subsets: Sequence[str], costs: Mapping[str, Co
         if name == results.chosen:
             row["note"] = "; ".join(filter(None, ["chosen on val", row["note"]]))
         rows.append(row)
-    return rows
-
-
-def gate_rows(results: Results, subsets: Sequence[str], dead_shares: Mapping[str, float]) -> list[dict]:
-    """Statistics of every gate's weights per subset, class and expert. Class "" is the weight of the image:
-    the mean over the classes where a gate has weights per class."""
-    rows = []
-    for name in results.names("gate"):
-        for subset in subsets:
-            weights = results.weights[name][results.mask(subset)].astype(np.float64)  # [n, E, K]
-            parts = [("", weights.mean(axis=2, keepdims=True))]
-            if weights.shape[2] > 1:
-                parts += [
-                    (class_name, weights[:, :, [index]])
-                    for index, class_name in enumerate(results.protocol.classes)
-                ]
-            for class_name, part in parts:
-                statistics = gate_statistics(part)
-                for index, expert in enumerate(results.row(name).experts):
-                    rows.append(
-                        {
-                            "model": name,
-                            "subset": subset,
-                            "class": class_name,
-                            "expert": expert,
-                            "mean": float(statistics.mean[index, 0]),
-                            "std": float(statistics.std[index, 0]),
-                            "entropy_of_mean": float(statistics.entropy_of_mean[0]),
-                            "mean_entropy": float(statistics.mean_entropy[0]),
-                            "entropy_max": statistics.entropy_max,
-                            "collapsed": int(statistics.collapsed[0]),
-                            "dead_share": dead_shares.get(name),
-                            "n_images": statistics.images,
-                        }
-                    )
     return rows
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 COLLAPSE = 0.95  # a mean weight above this: the gate has stopped looking at the image
+SAME = 1e-6  # weights (float32) that differ by less are the same
 
 
 @dataclass(frozen=True)
@@ -44,3 +45,28 @@ def gate_statistics(weights: np.ndarray) -> GateStatistics:
         entropy_max=float(np.log(weights.shape[1])),
         collapsed=mean.max(axis=0) > COLLAPSE,
     )
+
+
+def pearson(first: np.ndarray, second: np.ndarray) -> float:
+    """Linear correlation of two series [N] in [-1, 1]; NaN where one is constant (but for rounding) or N < 3."""
+    first, second = (np.asarray(series, dtype=np.float64) for series in (first, second))
+    if _nothing_to_correlate(first, second):
+        return float("nan")
+    first, second = first - first.mean(), second - second.mean()
+    return float((first * second).sum() / np.sqrt((first**2).sum() * (second**2).sum()))
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Rank correlation of two series [N] in [-1, 1], equal values sharing the mean of their ranks; NaN as above."""
+    if _nothing_to_correlate(first, second):
+        return float("nan")
+    return pearson(_ranks(first), _ranks(second))
+
+
+def _nothing_to_correlate(first: np.ndarray, second: np.ndarray) -> bool:
+    return len(first) < 3 or min(np.ptp(first), np.ptp(second)) < SAME
+
+
+def _ranks(series: np.ndarray) -> np.ndarray:
+    _, place, count = np.unique(series, return_inverse=True, return_counts=True)
+    return (count.cumsum() - (count - 1) / 2)[place]

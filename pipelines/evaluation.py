@@ -12,16 +12,18 @@ from dataloaders.frames import Frame, FrameIndex
 from dataloaders.transforms import valid_window
 from engine.checkpoints import atomic_write
 from engine.config import Evaluation, Run, UserError, dump
-from evaluation.ceilings import ceilings_for
+from evaluation.ceilings import NO_CEILINGS, Ceilings, ceilings_for
+from evaluation.console import results_table
 from evaluation.evaluate import Sample, spread_frames
 from evaluation.evaluate import evaluate as evaluate_rows
+from evaluation.gate_table import collapse_warnings
 from evaluation.results import Protocol, Results, best_row
-from evaluation.rows import Ceilings, Row, constant_row
+from evaluation.rows import Row, constant_row
 from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
 from pipelines.segmentation import evaluation_batches, pick_device, refuse_bad_data
-from reports.figures import overlay
+from reports.figures import overlay, shown_rows
 
 
 def evaluate(config: Run | Evaluation, options) -> Results | None:
@@ -51,14 +53,17 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     zoo.dead.clear()  # what is told is of the frames that are evaluated
     rows = zoo.rows(settings.controls, constant)
     bounded = settings.ceilings and len(zoo.experts) > 1
-    ceilings = Ceilings(zoo.experts, ceilings_for(len(zoo.experts))) if bounded else Ceilings()
-    shown = {chosen, *zoo.experts, *zoo.baselines}
+    ceilings = ceilings_for(zoo.experts) if bounded else NO_CEILINGS
     samples: list[Sample] = []
 
     def keep_shown(sample: Sample) -> None:  # a native A2D2 prediction has 2 MB, and there are twenty rows
-        predictions = {name: ids for name, ids in sample.predictions.items() if name in shown}
-        samples.append(replace(sample, predictions=predictions))
+        kept = {
+            kind: {name: ids for name, ids in getattr(sample, kind).items() if name in shown}
+            for kind in ("predictions", "cases")
+        }
+        samples.append(replace(sample, **kept))
 
+    shown = shown_rows([row.info for row in rows], chosen)
     results = run_rows(
         config,
         index,
@@ -73,6 +78,9 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         chosen=chosen,
     )
     write_evaluation(folder, config, zoo, results, rows, samples, subsets, index)
+    print(results_table(results, subsets, zoo.paper_rows))
+    for warning in collapse_warnings(results, subsets):
+        print(f"warning: {warning}")
     print(f"evaluation: {folder}")
     return results
 
@@ -85,9 +93,11 @@ def run_rows(
     rows: Sequence[Row],
     split: str,
     device: torch.device,
+    *,
+    ceilings: Ceilings = NO_CEILINGS,
     **options,
 ) -> Results:
-    """One pass of evaluation.evaluate under the config's protocol."""
+    """One pass of evaluation.evaluate under the config's protocol; networks that no row needs don't run."""
     data, settings = config.data, config.evaluate
     batches = evaluation_batches(data, index, frames, settings.batch_size, settings.resolution)
     protocol = Protocol(
@@ -102,7 +112,8 @@ def run_rows(
         precision=settings.precision,
         attack=settings.attacks[0].name,
     )
-    networks = {name: trained.network for name, trained in zoo.networks.items()}
+    needed = {*ceilings.experts, *(name for row in rows for name in row.networks)}
+    networks = {name: trained.network for name, trained in zoo.networks.items() if name in needed}
     return evaluate_rows(
         batches,
         networks,
@@ -112,6 +123,7 @@ def run_rows(
         window=partial(valid_window, image_size=data.image_size, resize=data.resize),
         device=device,
         attack=settings.attacks[0].build,
+        ceilings=ceilings,
         **options,
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 
 from dataloaders.frames import FrameIndex
 from engine.config import Evaluation, Run, from_dict
@@ -19,6 +20,7 @@ from evaluation.rows import (
 from evaluation.tables import Cost
 from networks.complexity import gmacs
 from networks.ensemble import mean
+from networks.moe import ExpertOutputs
 from pipelines.models import Trained, load_gate, load_network, require_classes
 
 RANDOM_GATE_SEED = 0
@@ -48,10 +50,19 @@ class Zoo:
             name for name, (trained, _) in self.gates.items() if trained.metadata["gate"]["type"] != "uniform"
         )
 
+    @cached_property
+    def decoders(self) -> tuple[str, ...]:
+        """Experts that came with a mixture, in one run: they have rows beside it."""
+        return tuple(
+            name for trained, experts in self.gates.values() if is_whole(trained) for name in experts
+        )
+
     def rows(self, controls: bool, constant: Sequence[float] | None = None) -> list[Row]:
         """All rows but ceilings and floor; constant: the weights that were picked on the validation split."""
         rows = [network_row(name, "baseline", name, self.home(name)) for name in self.baselines]
-        rows += [network_row(name, "expert", name, self.home(name)) for name in self.experts]
+        rows += [
+            network_row(name, "expert", name, self.home(name)) for name in (*self.experts, *self.decoders)
+        ]
         rows += [
             ensemble_row(f"ensemble {name}", self.experts, combine)
             for name, combine in self.ensembles.items()
@@ -59,16 +70,34 @@ class Zoo:
         rows += [self.gate_row(name) for name in self.learned_gates]
         return rows + self.control_rows(constant) if controls else rows
 
+    @cached_property
+    def paper_rows(self) -> list[str]:
+        """The rows of the published table that are here, in its order: baseline, experts, ensembles mean and max,
+        gates simple and class-wise, each without and with a convolution."""
+        rows = [*self.baselines[:1], *self.experts]
+        rows += [f"ensemble {name}" for name in ("mean", "max") if name in self.ensembles]
+        settings = {
+            name: trained.metadata["gate"]
+            for name, (trained, _) in self.gates.items()
+            if not is_whole(trained)
+        }
+        for kind in product(("simple", "classwise"), (False, True)):
+            rows += [name for name, gate in settings.items() if (gate["type"], gate["conv"]) == kind][:1]
+        return rows
+
     def gate_row(self, name: str) -> Row:
         """The row of a gate; every batch that it sees adds to `dead`."""
         trained, experts = self.gates[name]
         mixture, dead = trained.network, self.dead.setdefault(name, [])
+        kind = "gate" if name in self.learned_gates else "control"
+        full_size = mixture.conv_at == "full"
 
-        def combine(expert_logits, features, size):
-            dead.extend(mixture.gate.dead_share(features).tolist())
-            return mixture.combine(expert_logits, features, size)
+        def mix(expert_logits, features, images, size):
+            outputs = ExpertOutputs(expert_logits, features, images, size)
+            dead.extend(mixture.gate.dead_share(mixture.gate_inputs(outputs)).tolist())
+            return mixture.combine(outputs) if full_size else mixture.mix(outputs)
 
-        return gate_row(name, experts, combine, "gate" if name in self.learned_gates else "control")
+        return gate_row(name, experts, mix, kind, full_size)
 
     def control_rows(self, constant: Sequence[float] | None) -> list[Row]:
         """What a gate has to beat: rows that know less, or that know the subset, or have the same convolution."""
@@ -95,7 +124,7 @@ class Zoo:
             elif row.name in self.gates:
                 trained, experts = self.gates[row.name]
                 own = cost_of(trained, size)
-                parts = [networks[name] for name in experts]
+                parts = [] if is_whole(trained) else [networks[name] for name in experts]
                 costs[row.name] = Cost(
                     own.parameters,
                     own.trained_parameters,
@@ -115,6 +144,11 @@ class Zoo:
         return costs
 
 
+def is_whole(trained: Trained) -> bool:
+    """Whether a mixture was trained in one run with its experts."""
+    return "shared_encoder" in trained.metadata
+
+
 def cost_of(trained: Trained, size: tuple[int, int]) -> Cost:
     about = trained.metadata
     budget = about["budget"]
@@ -128,7 +162,8 @@ def cost_of(trained: Trained, size: tuple[int, int]) -> Cost:
 
 
 def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
-    """Loads every run that the config names. Experts of its gates that it doesn't name run without a row.
+    """Loads every run that the config names. Experts of its gates that it doesn't name run without a row; the
+    decoders of a shared encoder are experts GATE:SUBSET with a row each.
 
     Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert."""
     networks: dict[str, Trained] = {}
@@ -169,6 +204,8 @@ def as_evaluation(config: Run) -> Evaluation:
     models: Mapping
     if config.gate:
         models = {"experts": config.experts, "gates": {row: folder}}
+    elif config.gates:
+        models = {"experts": config.experts, "gates": {name: f"{folder}/{name}" for name in config.gates}}
     elif config.ensemble:
         models = {"experts": config.experts, "ensembles": [config.ensemble.name]}
     else:

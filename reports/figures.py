@@ -1,7 +1,7 @@
-"""The overlay of a frame: input, truth, experts, mixture, gate weights and where the experts disagree."""
+"""The overlay of a frame: input, truth, experts, mixture, gate weights, and whom it follows where they differ."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import cv2
 import numpy as np
@@ -11,13 +11,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from evaluation.evaluate import Sample
-from evaluation.results import Results
-from metrics.disagreement import AGREE_RIGHT, case_names, disagreement
+from evaluation.results import Results, RowInfo
+from evaluation.rows import is_combination
+from metrics.disagreement import AGREED, UNLABELLED, case_names
 
 EXPERT_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#8c6d31")  # after Okabe and Ito
-CASE_COLORS = ("#e8ecef", "#b2182b", "#54278f")  # agree right, agree wrong, all wrong
-SEVERAL_COLOR = "#a6bddb"
-INK, MUTED, UNLABELLED = "#1f2933", "#616e7c", (225, 225, 225)
+CASE_COLORS = ("#8a97a5", "#b2182b", "#54278f")  # agree and followed, agree and contradicted, own answer
+SEVERAL_COLOR = "#4a7ba6"
+INK, MUTED, NO_LABEL = "#1f2933", "#616e7c", (225, 225, 225)
 WIDTH, DPI = 400, 100  # pixels of a panel
 IGNORE = 255
 
@@ -25,16 +26,16 @@ IGNORE = 255
 def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, int]]) -> bytes:
     """One picture (PNG) of everything that was said about a frame. `palette`: RGB in 0..255 per class.
 
-    The mixture is the chosen gate, else the first one. Without experts the baselines are shown; the map of
-    disagreement needs two experts.
+    The mixture is the chosen gate, else the first gate or ensemble. Without experts the baselines are shown.
     """
     lead = results.names("expert") or results.names("baseline")
-    gate = results.chosen or next(iter(results.names("gate")), "")
-    shown = ([gate] if gate else []) + lead
-    titles = {gate: f"MoE: {gate}"}
-    titles |= {name: f"{results.row(name).kind}: {name}" for name in lead}
+    mixture = lead_mixture(results.rows, results.chosen)
+    shown = [mixture] * bool(mixture) + lead
+    titles = {name: f"{results.row(name).kind}: {name}" for name in lead}
+    if mixture:
+        titles[mixture] = f"MoE: {mixture}" if results.row(mixture).kind == "gate" else mixture
     experts = results.names("expert")
-    panels = 2 + len(shown) + bool(gate) + 2 * (len(experts) > 1)
+    panels = 2 + len(shown) + (mixture in sample.weights) + 2 * (mixture in sample.cases)
     columns = min(6, max(min(panels, 4), -(-panels // 2)))
     width, height = WIDTH, max(1, round(WIDTH * sample.label.shape[0] / sample.label.shape[1]))
     predictions = [sample.predictions[name] for name in shown]
@@ -50,12 +51,24 @@ def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, 
         prediction = sample.predictions[name]
         title = f"{titles[name]}, {_right_share(prediction, sample.label)} right"
         _show(next(free), _painted(prediction, palette, width, height), title)
-        if name == gate:
-            names = _colored(results.row(gate).experts, experts)
-            _weights(next(free), sample, gate, names, results.protocol.classes)
-    if len(experts) > 1:
-        _disagreement(next(free), next(free), sample, experts, image)
+        if name in sample.weights:
+            names = _colored(results.row(name).experts, experts)
+            _weights(next(free), sample, name, names, results.protocol.classes)
+    if mixture in sample.cases:
+        names = _colored(results.row(mixture).experts, experts)
+        _disagreement(next(free), next(free), sample, mixture, names, image)
     return to_png(picture)
+
+
+def lead_mixture(rows: Iterable[RowInfo], chosen: str) -> str:
+    """The row that overlays are about: the chosen gate, else the first gate, else the first ensemble, else ""."""
+    ordered = sorted(filter(is_combination, rows), key=lambda row: row.kind != "gate")
+    return chosen or next((row.name for row in ordered), "")
+
+
+def shown_rows(rows: Sequence[RowInfo], chosen: str) -> set[str]:
+    """The rows whose answers an overlay needs."""
+    return {lead_mixture(rows, chosen)} | {row.name for row in rows if row.kind in ("expert", "baseline")}
 
 
 def to_png(figure: Figure, dpi: int = DPI) -> bytes:
@@ -88,7 +101,7 @@ def _photo_mode(image: np.ndarray, width: int) -> int:
 
 def _painted(ids: np.ndarray, palette: Sequence[tuple[int, int, int]], width: int, height: int) -> np.ndarray:
     """Class ids in the colours of their classes, uint8 [height, width, 3]."""
-    colors = np.full((256, 3), UNLABELLED, np.uint8)
+    colors = np.full((256, 3), NO_LABEL, np.uint8)
     colors[: len(palette)] = palette
     return colors[cv2.resize(ids, (width, height), interpolation=cv2.INTER_NEAREST)]
 
@@ -154,27 +167,38 @@ def _weights(
     )
 
 
-def _disagreement(panel: Axes, key: Axes, sample: Sample, experts: Sequence[str], image: np.ndarray) -> None:
-    """Where the experts differ, on the grey input; the key tells the share of each case."""
-    case = disagreement(np.stack([sample.predictions[name] for name in experts]), sample.label, IGNORE)
-    names = case_names(experts)
-    colors = [*CASE_COLORS, *(expert_color(index) for index in range(len(experts))), SEVERAL_COLOR]
+def _disagreement(
+    panel: Axes,
+    key: Axes,
+    sample: Sample,
+    mixture: str,
+    experts: list[tuple[str, str]],
+    image: np.ndarray,
+) -> None:
+    """Whom the mixture follows, on the grey input: pale where it is right, full colour where it is wrong. The key
+    tells the share of each case among the labelled pixels, and how much of it is right."""
+    case, right = sample.cases[mixture], sample.predictions[mixture] == sample.label
+    names = case_names([name for name, _ in experts])
+    colors = [*CASE_COLORS, *(color for _, color in experts), SEVERAL_COLOR]
     height, width = image.shape[:2]
-    small = cv2.resize(case, (width, height), interpolation=cv2.INTER_NEAREST)
+    small, well = (
+        cv2.resize(one.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)[:, :, None]
+        for one in (case, right)
+    )
     grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[:, :, None], 3, axis=2).astype(float)
     picture = 0.35 * grey + 0.65 * 255
     for index in range(len(names)):
-        if index != AGREE_RIGHT:
-            color = np.array([int(colors[index][at : at + 2], 16) for at in (1, 3, 5)])
-            picture = np.where((small == index)[:, :, None], 0.2 * grey + 0.8 * color, picture)
-    _show(panel, picture.astype(np.uint8), "where the experts differ")
-    shares = [
-        np.mean(case[case != IGNORE] == index) if (case != IGNORE).any() else 0 for index in range(len(names))
-    ]
-    handles = [
-        Patch(facecolor=color, edgecolor="#b8c0c8", label=f"{100 * share:5.1f} %  {name}")
-        for name, color, share in zip(names, colors, shares, strict=False)
-    ]
+        color = np.array([int(colors[index][at : at + 2], 16) for at in (1, 3, 5)])
+        pale = picture if index == AGREED else 0.55 * picture + 0.45 * color
+        picture = np.where(small == index, np.where(well, pale, 0.1 * grey + 0.9 * color), picture)
+    _show(panel, picture.astype(np.uint8), "whom it follows: pale where right, full where wrong")
+    labelled = max(1, int((case != UNLABELLED).sum()))
+    handles = []
+    for index, (name, color) in enumerate(zip(names, colors, strict=False)):
+        pixels = int((case == index).sum())
+        share = f"{100 * right[case == index].mean():.0f} % of it right" if pixels else "none"
+        text = f"{100 * pixels / labelled:5.1f} %  {name}: {share}"
+        handles.append(Patch(facecolor=color, edgecolor="#b8c0c8", label=text))
     key.legend(
         handles=handles, loc="upper left", frameon=False, fontsize=10, handlelength=1.2, labelspacing=0.7
     )
@@ -211,5 +235,5 @@ def _class_handles(
     order = [int(index) for index in np.argsort(-pixels, kind="stable") if pixels[index]]
     handles = [Patch(facecolor=np.array(palette[index]) / 255, label=classes[index]) for index in order]
     if (sample.label == IGNORE).any():
-        handles.append(Patch(facecolor=np.array(UNLABELLED) / 255, label="no label"))
+        handles.append(Patch(facecolor=np.array(NO_LABEL) / 255, label="no label"))
     return handles

@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
 from engine.config import UserError
 from engine.runs import atomic_write
+from evaluation.disagreement import case_totals, error_detection, parts_of
 from evaluation.formats import number, percent
 from evaluation.results import KINDS, Results
 from evaluation.tables import COSTS, FEW_IMAGES, header_lines
 from metrics.confusion import iou_per_class
+from metrics.disagreement import CASES
 from reports import charts
 from reports.findings import chosen_gate, findings, main_subset
 from reports.folders import Folder, commands, environments, open_folder, run_row
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATED = ("roadscenes",)  # data sets that a program drew
+REGRETS = ("regret_miou", "regret_aacc")  # columns of gate.csv
 COMPARED = ("baseline", "expert", "ensemble", "gate")  # kinds that the best of a column is picked from
 
 
@@ -79,6 +83,8 @@ def _evaluation_part(folder: Folder) -> dict:
         "class_models": results.names(*COMPARED),
         "gates": _gate_rows(folder.table("gate.csv")),
         "gate_experts": list(dict.fromkeys(row["expert"] for row in folder.table("gate.csv"))),
+        "disagreement": _disagreement_rows(results, main_subset(subsets)),
+        "followed": list(dict.fromkeys(name for row in results.cases for name in results.row(row).experts)),
         "heatmap": _embed(charts.matrix_heatmap(results, subsets)),
         "histograms": _embed(charts.gate_histograms(results, members)) if gate else "",
         "by_class": by_class,
@@ -184,8 +190,34 @@ def _gate_rows(table: list[dict[str, str]]) -> list[dict]:
     for row in table:
         if not row["class"]:
             line = lines.setdefault((row["model"], row["subset"]), {**row, "weights": {}})
-            line["weights"][row["expert"]] = f"{float(row['mean']):.2f} ± {float(row['std']):.2f}"
+            text = f"{float(row['mean']):.2f} ± {float(row['std']):.2f}"
+            light = f"{float(row['spearman_luma']):.2f}" if row["spearman_luma"] else "-"
+            line["weights"][row["expert"]] = text, light
+            line["regret"] = [percent(float(row[key])) if row[key] else "-" for key in REGRETS]
     return list(lines.values())
+
+
+def _disagreement_rows(results: Results, subset: str) -> list[dict]:
+    """A line per gate and ensemble: (share of the pixels, how much of it is right) of every case on a subset, and
+    how well disagreement detects its errors."""
+    rows = []
+    for name in (*results.names("gate"), *results.names("ensemble")):
+        if name in results.cases:
+            counts = case_totals(results, name, subset).sum(axis=0)
+            pixels = counts[: len(CASES), 0].sum()
+            cells = {
+                part.followed or part.slug: _share_and_right(counts[part.place], pixels)
+                for part in parts_of(results, name)
+            }
+            detection = [f"{value:.2f}" for value in error_detection(results, name, subset).values()]
+            rows.append({"name": name, "cells": cells, "detection": detection})
+    return rows
+
+
+def _share_and_right(counts: np.ndarray, pixels: int) -> tuple[str, str]:
+    """Percentages of pixels of a case, and of those in it that the row has right."""
+    share = f"{100 * counts[0] / pixels:.2f}" if pixels else "-"
+    return share, f"{100 * counts[1] / counts[0]:.0f}" if counts[0] else "-"
 
 
 def _overlays(folder: Path, subsets: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from evaluation.ceilings import (
+    ExpertPixels,
     best_gate_classwise,
     best_gate_simple,
     ceilings_for,
@@ -28,6 +29,10 @@ def pixels(draw, num_experts=2):
     labels = draw(st.lists(st.sampled_from([*range(CLASSES), 255]), min_size=count, max_size=count))
     logits = torch.tensor(values, dtype=torch.float32).reshape(1, num_experts, CLASSES, 1, count)
     return logits, torch.tensor(labels, dtype=torch.uint8).reshape(1, 1, count)
+
+
+def pixels_of(logits):
+    return ExpertPixels(logits, logits.argmax(dim=2))
 
 
 def first_largest(values):
@@ -55,7 +60,7 @@ def can_win_simple(first, second, label):
 @given(pixels())
 def test_best_simple_gate_equals_a_search_over_all_breakpoints(case):
     logits, labels = case
-    answer = best_gate_simple(logits, labels)
+    answer = best_gate_simple(pixels_of(logits), labels)
     for pixel in range(labels.shape[-1]):
         label = labels[0, 0, pixel].item()
         if label == 255:
@@ -70,7 +75,7 @@ def test_best_simple_gate_equals_a_search_over_all_breakpoints(case):
 def test_best_classwise_gate_equals_a_search_over_the_vertices(case):
     """Every class's weights are one-hot at the best: linear in each class's own weights."""
     logits, labels = case
-    answer = best_gate_classwise(logits, labels)
+    answer = best_gate_classwise(pixels_of(logits), labels)
     for pixel in range(labels.shape[-1]):
         label = labels[0, 0, pixel].item()
         if label == 255:
@@ -90,10 +95,10 @@ def test_best_classwise_gate_equals_a_search_over_the_vertices(case):
 def test_each_ceiling_is_at_least_as_right_as_the_one_below(case):
     logits, labels = case
     answers = [*logits.argmax(dim=2).unbind(dim=1)]
-    right = {
-        name: (decide(logits, labels) == labels) & (labels != 255) for name, decide in ceilings_for(2).items()
-    }
-    image, pixel, simple, classwise = (right[name].sum() for name in right)
+    ceilings, said = ceilings_for(["a", "b"]), pixels_of(logits)
+    bounds = [decide(said.answers, labels) for decide in ceilings.oracles.values()]
+    bounds += [decide(said, labels) for decide in ceilings.best_gates.values()]
+    image, pixel, simple, classwise = (((bound == labels) & (labels != 255)).sum() for bound in bounds)
     assert image >= max((answer == labels).sum() for answer in answers)
     assert (logits.mean(dim=1).argmax(dim=1) == labels).sum() <= simple
     assert image <= pixel <= simple <= classwise
@@ -103,8 +108,9 @@ def test_random_gates_never_beat_the_best_gate_of_their_kind():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 2, 5, 20, 20, generator=generator)
     labels = torch.randint(0, 5, (1, 20, 20), generator=generator)
-    simple = best_gate_simple(logits, labels) == labels
-    classwise = best_gate_classwise(logits, labels) == labels
+    said = pixels_of(logits)
+    simple = best_gate_simple(said, labels) == labels
+    classwise = best_gate_classwise(said, labels) == labels
     reached = torch.zeros_like(simple)
     for w in torch.linspace(0, 1, 2001):
         reached |= (w * logits[:, 0] + (1 - w) * logits[:, 1]).argmax(1) == labels
@@ -112,7 +118,7 @@ def test_random_gates_never_beat_the_best_gate_of_their_kind():
     for _ in range(50):
         w = torch.rand(5, 1, 1, generator=generator)
         assert (classwise >= ((w * logits[:, 0] + (1 - w) * logits[:, 1]).argmax(1) == labels)).all()
-    assert classwise.sum() > simple.sum() > oracle_expert_pixel(logits, labels).eq(labels).sum()
+    assert classwise.sum() > simple.sum() > oracle_expert_pixel(said.answers, labels).eq(labels).sum()
 
 
 def test_oracles_on_four_pixels():
@@ -120,20 +126,22 @@ def test_oracles_on_four_pixels():
     second = torch.tensor([[0.0, 3], [0, 3], [0, 3], [0, 3]])  # says 1 1 1 1
     logits = torch.stack([first, second]).permute(0, 2, 1)[None, :, :, None]  # [1, 2, 2, 1, 4]
     labels = torch.tensor([[[0, 0, 1, 0]]])
-    assert oracle_expert_image(logits, labels).tolist() == [[[0, 0, 0, 1]]]  # first: 2 right, second: 1
-    assert oracle_expert_pixel(logits, labels).tolist() == [[[0, 0, 1, 1]]]  # the last one nobody knows
-    flipped = logits.flip(1)
-    assert oracle_expert_image(flipped, labels).tolist() == [[[0, 0, 0, 1]]]
+    answers = logits.argmax(dim=2)
+    assert oracle_expert_image(answers, labels).tolist() == [[[0, 0, 0, 1]]]  # first: 2 right, second: 1
+    assert oracle_expert_pixel(answers, labels).tolist() == [[[0, 0, 1, 1]]]  # the last one nobody knows
+    assert oracle_expert_image(answers.flip(1), labels).tolist() == [[[0, 0, 0, 1]]]
 
 
 def test_a_class_that_the_experts_agree_on_wins_where_they_differ_on_the_others():
     """2 0 1 and 0 2 1: the third class is no expert's nor the mean's, but wins against the smaller logits."""
     logits = torch.tensor([[2.0, 0, 1], [0, 2, 1]])[None, :, :, None, None]
     labels = torch.tensor([[[2]]])
-    assert best_gate_classwise(logits, labels).item() == 2
-    assert best_gate_simple(logits, labels).item() == 0  # equal weights give a tie at best
+    assert best_gate_classwise(pixels_of(logits), labels).item() == 2
+    assert best_gate_simple(pixels_of(logits), labels).item() == 0  # equal weights give a tie at best
 
 
 @pytest.mark.parametrize("num_experts", [2, 3])
 def test_the_simple_gate_is_left_out_with_three_experts(num_experts):
-    assert ("best gate, simple" in ceilings_for(num_experts)) == (num_experts == 2)
+    ceilings = ceilings_for(["a", "b", "c"][:num_experts])
+    assert ("best gate, simple" in ceilings.best_gates) == (num_experts == 2)
+    assert [info.experts for info in ceilings.infos] == [ceilings.experts] * (num_experts == 2 and 4 or 3)

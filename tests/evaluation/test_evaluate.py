@@ -13,7 +13,6 @@ from evaluation.ceilings import ceilings_for
 from evaluation.evaluate import evaluate, spread_frames
 from evaluation.results import FLOOR, Protocol, Results, best_row
 from evaluation.rows import (
-    Ceilings,
     constant_row,
     ensemble_row,
     gate_row,
@@ -82,7 +81,7 @@ def whole(size):
 def run(rows, data=None, ceilings=None, **changes):
     networks = {"highway": Painter(0), "urban": Painter(1)}
     settings = {"upsample": upsample, "window": whole, "device": torch.device("cpu"), **changes}
-    ceilings = Ceilings(EXPERTS, ceilings_for(2)) if ceilings is None else ceilings
+    ceilings = ceilings_for(EXPERTS) if ceilings is None else ceilings
     return evaluate(data or batches(), networks, rows, PROTOCOL, ceilings=ceilings, **settings), networks
 
 
@@ -93,17 +92,23 @@ def mean(expert_logits):
     return expert_logits.mean(1)
 
 
-def test_every_network_runs_once_per_batch_and_counts_are_those_of_its_answers():
+def vote(expert_logits):
+    """Logarithm of the share of votes: -inf without one."""
+    said = torch.zeros_like(expert_logits).scatter(2, expert_logits.argmax(2, keepdim=True), 1.0)
+    return said.mean(1).log()
+
+
+RULES = {
+    "mean": mean,
+    "max": lambda expert_logits: expert_logits.amax(1),
+    "mean_probs": lambda expert_logits: expert_logits.softmax(2).mean(1).log(),
+    "vote": vote,
+}
+
+
+def test_counts_are_those_of_the_networks_answers():
     rows = [*EXPERT_ROWS, ensemble_row("mean", EXPERTS, mean), constant_row("half", EXPERTS, (0.5, 0.5))]
-    calls = []
-
-    def counting(*arguments):
-        calls.append(arguments)
-        return upsample(*arguments)
-
-    results, networks = run(rows, upsample=counting)
-    assert [network.passes for network in networks.values()] == [3, 3]
-    assert len(calls) == 6  # for four rows and the ceilings
+    results, networks = run(rows)
     position = 0
     for batch in batches():
         for name, network in networks.items():
@@ -161,17 +166,76 @@ def test_the_floor_is_the_best_of_all_constant_answers():
         assert results.miou(FLOOR, subset) == pytest.approx(truth.max() / truth.sum() / (truth > 0).sum())
 
 
+def by_feature(expert_logits, features, images, size):
+    """A gate whose weights are the shares of the experts' features."""
+    weights = torch.stack([feature[:, 0, 0, 0] for feature in features], dim=1)
+    weights = (weights / weights.sum(1, keepdim=True))[:, :, None, None, None]
+    return (weights * expert_logits).sum(1), weights
+
+
+def test_everything_comes_from_one_pass_with_each_network_once_per_batch():
+    """Baseline, experts, all ensembles, four gates (on both grids), controls and ceilings; three batches."""
+    networks = {"baseline": Painter(2), "highway": Painter(0), "urban": Painter(1)}
+
+    def at_full_size(expert_logits, features, images, size):
+        logits, weights = by_feature(expert_logits, features, images, size)
+        return upsample(logits, size, 2), weights
+
+    rows = [network_row("baseline", "baseline", "baseline"), *EXPERT_ROWS]
+    rows += [ensemble_row(name, EXPERTS, rule) for name, rule in RULES.items()]
+    rows += [gate_row(f"gate {index}", EXPERTS, by_feature) for index in range(2)]
+    rows += [
+        gate_row(f"gate at full size {index}", EXPERTS, at_full_size, full_size=True) for index in range(2)
+    ]
+    rows += [constant_row("half", EXPERTS, (0.5, 0.5)), random_gate_row("random", EXPERTS, 0)]
+    rows += [subset_routing_row("true subset", EXPERTS)]
+    results = evaluate(
+        batches(), networks, rows, PROTOCOL, ceilings=ceilings_for(EXPERTS),
+        upsample=upsample, window=whole, device=torch.device("cpu"),
+    )  # fmt: skip
+    assert [network.passes for network in networks.values()] == [3, 3, 3]
+    assert len(results.rows) == 3 + 4 + 4 + 3 + 4 + 1
+    by_name = results.matrices[results.by_name["gate 0"]]
+    for name in ("gate 1", "gate at full size 0", "gate at full size 1"):
+        assert np.array_equal(results.matrices[results.by_name[name]], by_name)
+    assert np.array_equal(
+        results.matrices[results.by_name["mean"]], results.matrices[results.by_name["half"]]
+    )
+
+
+def test_an_encoder_that_networks_share_runs_once_per_batch():
+    class Encoder(nn.Module):
+        passes = 0
+
+    class Decoder(Painter):
+        """The same as Painter, in two halves."""
+
+        def __init__(self, shift, encoder):
+            super().__init__(shift)
+            self.encoder = encoder
+
+        def encode(self, images):
+            self.encoder.passes += 1
+            return SimpleNamespace(images=images, features=images.mean((2, 3), keepdim=True))
+
+        def decode(self, state):
+            return state.images.roll(self.shift, dims=1)[:, :, ::2, ::2] * 4
+
+    shared, other = Encoder(), Encoder()
+    networks = {"highway": Decoder(0, shared), "other": Decoder(0, other), "urban": Decoder(1, shared)}
+    settings = {"upsample": upsample, "window": whole, "device": torch.device("cpu")}
+    results = evaluate(batches(), networks, EXPERT_ROWS, PROTOCOL, **settings)
+    alone, _ = run(EXPERT_ROWS)
+    assert np.array_equal(results.matrices, alone.matrices[:2])
+    assert (shared.passes, other.passes) == (3, 3)
+
+
 def test_gates_deliver_their_weights_per_image_in_order():
-    def combine(expert_logits, features, size):
-        weights = torch.stack([feature[:, 0, 0, 0] for feature in features], dim=1)
-        weights = (weights / weights.sum(1, keepdim=True))[:, :, None, None, None]
-        return upsample((weights * expert_logits).sum(1), size, 2), weights
-
-    def one_hot(expert_logits, features, size):
+    def one_hot(expert_logits, features, images, size):
         weights = torch.tensor([0.0, 1]).expand(len(expert_logits), 2)[:, :, None, None, None]
-        return upsample((weights * expert_logits).sum(1), size, 2), weights
+        return (weights * expert_logits).sum(1), weights
 
-    rows = [*EXPERT_ROWS, gate_row("gate", EXPERTS, combine), gate_row("one-hot", EXPERTS, one_hot)]
+    rows = [*EXPERT_ROWS, gate_row("gate", EXPERTS, by_feature), gate_row("one-hot", EXPERTS, one_hot)]
     results, _ = run(rows)
     assert results.weights["gate"].shape == (5, 2, 1)
     assert (results.weights["gate"][:, 1] > results.weights["gate"][:, 0]).all()  # its feature is larger by 1
@@ -227,6 +291,38 @@ def test_native_labels_see_only_the_valid_window_enlarged():
     assert full.figures("highway", "highway")["aacc"] < cropped.figures("highway", "highway")["aacc"]
 
 
+def test_luma_is_that_of_the_part_that_the_labels_cover():
+    def window(size):
+        return (2, 0, 2, WIDTH)
+
+    whole_images, _ = run(EXPERT_ROWS)
+    parts, _ = run(EXPERT_ROWS, batches(lambda label: label[2:].repeat_interleave(2, 0)), window=window)
+    images = torch.cat([batch.images for batch in batches()]).double() / 255
+    luma = (images * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1)  # of each pixel
+    assert whole_images.luma == pytest.approx(luma.mean((1, 2)).numpy(), abs=1e-6)
+    assert parts.luma == pytest.approx(luma[:, 2:].mean((1, 2)).numpy(), abs=1e-6)
+
+
+def test_experts_of_different_grids_are_combined_at_the_size_of_the_input():
+    class Fine(Painter):
+        """The same logits on the grid of the input."""
+
+        stride = 1
+
+        def forward_features(self, images):
+            return images.roll(self.shift, dims=1) * 4, images.mean((2, 3), keepdim=True)
+
+    rows = [*EXPERT_ROWS, ensemble_row("mean", EXPERTS, mean), ensemble_row("vote", EXPERTS, RULES["vote"])]
+    rows += [constant_row("half", EXPERTS, (0.5, 0.5)), subset_routing_row("true", EXPERTS)]
+    settings = {"upsample": upsample, "window": whole, "device": torch.device("cpu")}
+    settings["ceilings"] = ceilings_for(EXPERTS)
+    coarse, _ = run(rows)
+    networks = {"highway": Painter(0), "urban": Fine(1)}
+    fine = evaluate(batches(), networks, rows, PROTOCOL, **settings)
+    assert np.array_equal(coarse.matrices, fine.matrices)  # the images are made of blocks of 2x2
+    assert np.array_equal(coarse.scores["mean"], fine.scores["mean"])
+
+
 def test_native_labels_of_the_input_size_change_nothing_and_sizes_may_differ():
     plain, _ = run(EXPERT_ROWS)
     same, _ = run(EXPERT_ROWS, batches(lambda label: label.clone()))
@@ -240,11 +336,25 @@ def test_samples_of_the_frames_asked_for():
     seen = []
     results, _ = run(EXPERT_ROWS, batch_size := batches(), keep={"urban_3"}, on_sample=seen.append)
     (sample,) = seen
-    assert sample.name == "urban_3" and sample.subset == "urban"
+    assert sample.name == "urban_3" and sample.subset == "urban" and not sample.cases
     assert np.array_equal(sample.image, batch_size[1].images[1].permute(1, 2, 0))
     right = sample.predictions["urban"] == sample.label
     assert right.sum() == results.matrices[1, 3].trace() == 23
     assert "best gate, simple" in sample.predictions
+
+
+def test_samples_tell_whom_gates_and_ensembles_follow():
+    seen = []
+    rows = [*EXPERT_ROWS, gate_row("gate", EXPERTS, by_feature), ensemble_row("mean", EXPERTS, mean)]
+    results, _ = run(rows, keep={"urban_3", "highway_1"}, on_sample=seen.append)
+    assert [sample.name for sample in seen] == ["highway_1", "urban_3"]
+    for sample in seen:
+        assert list(sample.cases) == ["gate", "mean"]
+        for name, shown in sample.cases.items():
+            index = results.images.index(sample.name)
+            counts = results.cases[name][index, :, :, 0].sum(axis=0)
+            follows = np.bincount(shown.flatten(), minlength=256)[[0, 1, 3, 4, 2, 255]]
+            assert follows.tolist() == [*counts[:2], *counts[5:], counts[3], 1]
 
 
 def test_frames_for_overlays_are_spread_over_each_subset():
@@ -263,15 +373,23 @@ def test_the_attack_works_on_the_images_in_the_unit_range_before_any_network():
 
 
 def test_results_come_back_from_disk_as_they_were_and_the_file_is_the_same_each_time(tmp_path):
-    results, _ = run(
-        [*EXPERT_ROWS, random_gate_row("random", EXPERTS, 1), subset_routing_row("true", EXPERTS)], chosen="x"
-    )
+    rows = [*EXPERT_ROWS, random_gate_row("random", EXPERTS, 1), subset_routing_row("true", EXPERTS)]
+    rows += [gate_row("gate", EXPERTS, by_feature), ensemble_row("max", EXPERTS, RULES["max"])]
+    results, _ = run(rows, chosen="x")
     results.save(tmp_path / "a.npz")
     loaded = Results.load(tmp_path / "a.npz")
     assert loaded.protocol == results.protocol and loaded.rows == results.rows and loaded.chosen == "x"
     assert (loaded.images, loaded.subsets, loaded.blocks) == (results.images, results.subsets, results.blocks)
     assert np.array_equal(loaded.matrices, results.matrices) and np.array_equal(loaded.truth, results.truth)
-    assert all(np.array_equal(loaded.weights[name], results.weights[name]) for name in results.weights)
+    assert np.array_equal(loaded.luma, results.luma)
+    for kind, names in (
+        ("weights", ["gate", "random", "true"]),
+        ("cases", ["gate", "max"]),
+        ("scores", ["gate", "max"]),
+    ):
+        kept, made = getattr(loaded, kind), getattr(results, kind)
+        assert sorted(kept) == names and list(kept) == list(made)
+        assert all(np.array_equal(kept[name], made[name]) and made[name].any() for name in names)
     loaded.save(tmp_path / "b.npz")
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
@@ -303,9 +421,9 @@ def test_bfloat16_is_autocast_inside_the_networks_only():
             dtypes.append(logits.dtype)
             return logits, logits
 
-    def combine(expert_logits, features, size):
+    def combine(expert_logits, features, images, size):
         dtypes.extend([expert_logits.dtype, features[0].dtype])
-        return upsample(expert_logits[:, 0], size, 1), torch.ones(len(expert_logits), 1, 1, 1, 1)
+        return expert_logits[:, 0], torch.ones(len(expert_logits), 1, 1, 1, 1)
 
     protocol = Protocol("toy", "test", PROTOCOL.classes, EXPERTS, (HEIGHT, WIDTH), precision="bf16")
     evaluate(

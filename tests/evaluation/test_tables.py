@@ -13,7 +13,6 @@ from evaluation.tables import (
     RESULT_COLUMNS,
     Cost,
     classes_markdown,
-    gate_rows,
     header_lines,
     matrix_rows,
     result_rows,
@@ -47,7 +46,7 @@ def results(absent="nan"):
     matrices = np.stack([expert, expert, expert, router])
     return Results(
         protocol, rows, ("a", "b", "c", "d"), ("highway", "highway", "urban", "fog"), ("x", "x", "y", "z"),
-        matrices, expert.sum(2, dtype=np.int64), {"moe": weights}, "moe",
+        matrices, expert.sum(2, dtype=np.int64), np.full(4, 0.5), {"moe": weights}, chosen="moe",
     )  # fmt: skip
 
 
@@ -145,29 +144,12 @@ def test_classes_in_few_images_are_marked():
     frames = results()
     many = Results(
         frames.protocol, frames.rows, tuple(map(str, range(40))), frames.subsets * 10, frames.blocks * 10,
-        np.tile(frames.matrices, (1, 10, 1, 1)), np.tile(frames.truth, (10, 1)), {},
+        np.tile(frames.matrices, (1, 10, 1, 1)), np.tile(frames.truth, (10, 1)), np.full(40, 0.5),
     )  # fmt: skip
     lines = classes_markdown(many, ["highway", "urban"]).splitlines()
     assert "| road | 20 | 83.33 | 83.33 |" in lines and "| rail_1 | 10 | 0.00 | 0.00 |" in lines
     assert "| rail_1 * | 0 | - | - |" in lines
     assert any(line.startswith("| sky | 10 ") for line in lines)
-
-
-def test_gate_rows_per_subset_class_and_expert():
-    rows = gate_rows(results(), ["highway", "urban"], {"moe": 0.5})
-    by_key = {(row["subset"], row["class"], row["expert"]): row for row in rows}
-    assert len(rows) == 2 * 4 * 2
-    assert by_key["highway", "", "highway"]["mean"] == pytest.approx(0.8 - 0.1 / 3)
-    assert by_key["urban", "", "highway"]["mean"] == pytest.approx(0.2 - 0.1 / 3)
-    assert by_key["highway", "sky", "highway"]["mean"] == pytest.approx(0.9)
-    assert by_key["highway", "sky", "highway"]["std"] == pytest.approx(0.1)
-    assert by_key["urban", "rail_1", "urban"]["mean"] == pytest.approx(1)
-    assert by_key["highway", "", "urban"]["dead_share"] == 0.5
-    assert by_key["highway", "", "urban"]["n_images"] == 2
-    assert [key for key, row in by_key.items() if row["collapsed"]] == [
-        ("urban", "rail_1", "highway"),
-        ("urban", "rail_1", "urban"),
-    ]
 
 
 def matrix_file(folder, values):

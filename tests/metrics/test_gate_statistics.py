@@ -1,9 +1,12 @@
 """Gate statistics on weights whose figures are known."""
 
+import math
+
 import numpy as np
+import pandas
 import pytest
 
-from metrics.gate import COLLAPSE, gate_statistics
+from metrics.gate import COLLAPSE, gate_statistics, pearson, spearman
 
 
 def test_a_gate_that_decides_by_image_one_that_never_decides_and_one_that_collapsed():
@@ -33,3 +36,24 @@ def test_entropy_of_the_mean_is_never_below_the_mean_of_entropies_nor_above_log_
 def test_the_alarm_rings_above_its_limit_whichever_expert_it_is(weight, alarm):
     weights = np.tile([[1 - weight], [weight]], (4, 1, 1))
     assert gate_statistics(weights).collapsed.tolist() == [alarm]
+
+
+def test_correlations_are_those_of_pandas_with_ties_and_all():
+    random = np.random.default_rng(0)
+    luma = random.random(40).round(1)  # many equal values
+    weights = (0.7 * luma + 0.2 * random.random(40)).astype(np.float32)
+    table = pandas.DataFrame({"luma": luma, "weight": weights.astype(float)})
+    assert pearson(weights, luma) == pytest.approx(table.corr()["luma"]["weight"])
+    assert spearman(weights, luma) == pytest.approx(table.corr(method="spearman")["luma"]["weight"])
+    steep = np.exp(9 * luma)
+    assert spearman(steep, luma) == pytest.approx(1) and pearson(steep, luma) < 0.9
+    assert pearson(1 - weights, luma) == pytest.approx(-pearson(weights, luma), abs=1e-6)
+
+
+def test_a_gate_that_is_constant_but_for_rounding_has_no_correlation():
+    luma = np.linspace(0, 1, 10)
+    saturated = np.float32(1) - np.linspace(0, 2e-7, 10).astype(np.float32)
+    for correlation in (pearson, spearman):
+        assert math.isnan(correlation(saturated, luma))
+        assert math.isnan(correlation(luma[:2], luma[:2]))  # two images always lie on a line
+        assert correlation(luma[:3], luma[:3]) == pytest.approx(1)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 
 from evaluation.evaluate import Sample
+from evaluation.results import RowInfo
 from reports import charts
-from reports.figures import EXPERT_COLORS, overlay
+from reports.figures import CASE_COLORS, EXPERT_COLORS, lead_mixture, overlay, shown_rows
 
 PALETTE = [(10, 200, 30), (250, 20, 120)]
 
@@ -19,12 +20,13 @@ def area(image, color):
     return int((image == np.array(color, np.uint8)).all(axis=2).sum())
 
 
-def sample(results, label, predictions, image=None):
+def sample(results, label, predictions, image=None, cases=None):
     names = [*results.names("baseline"), *results.names("expert"), *results.names("gate")]
     return Sample(
         "f", "highway", np.full((8, 12, 3), 90, np.uint8) if image is None else image, label,
         {name: predictions.get(name, label) for name in names},
         {gate: weights[0] for gate, weights in results.weights.items()},
+        {name: np.zeros_like(label) if cases is None else cases for name in results.cases},
     )  # fmt: skip
 
 
@@ -40,16 +42,37 @@ def test_classes_have_their_colours_in_truth_and_in_every_answer(results_of):
     assert area(one, PALETTE[0]) == pytest.approx(5 * panel / 2, rel=0.05)
 
 
-def test_the_map_of_differences_is_in_the_colour_of_the_expert_that_is_right(results_of):
-    label = np.zeros((8, 12), np.uint8)
-    results = results_of()
-    seen = []
-    for wrong in ("highway", "urban"):
-        shown = picture(overlay(sample(results, label, {wrong: label + 1}), results, PALETTE)).astype(int)
-        right = EXPERT_COLORS[1 if wrong == "highway" else 0]
-        color = np.array([int(right[at : at + 2], 16) for at in (1, 3, 5)])
-        seen.append((np.abs(shown - (0.2 * 90 + 0.8 * color)).max(axis=2) < 2).sum())
-    assert min(seen) > 0.9 * 400 * 267
+def shown_as(image, color):
+    return int((np.abs(image.astype(int) - color).max(axis=2) < 2).sum())
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_the_map_of_cases_is_in_their_colours_full_where_the_mixture_is_wrong(results_of, case):
+    """Contradicted, own answer, and the colour of the expert that is followed; pale where it is right."""
+    label, results = np.zeros((8, 12), np.uint8), results_of()
+    color = (*CASE_COLORS, *EXPERT_COLORS)[case]
+    full = 0.9 * np.array([int(color[at : at + 2], 16) for at in (1, 3, 5)]) + 0.1 * 90
+    base = 0.35 * 90 + 0.65 * 255
+    pale = np.full(3, base) if case == 0 else 0.55 * base + 0.45 * (full - 9) / 0.9
+    cases = np.full_like(label, case)
+    panel = 0.95 * 400 * 267
+    right = picture(overlay(sample(results, label, {}, cases=cases), results, PALETTE))
+    assert shown_as(right, pale) > panel > 10_000 > shown_as(right, full)
+    wrong = {results.chosen: label + 1}
+    shown = picture(overlay(sample(results, label, wrong, cases=cases), results, PALETTE))
+    assert shown_as(shown, full) > panel > 10_000 > shown_as(shown, pale)
+
+
+def test_the_map_is_of_the_chosen_gate_else_of_the_first_gate_else_of_an_ensemble():
+    rows = [
+        RowInfo("a", "expert"), RowInfo("alone", "ensemble", ("a",)), RowInfo("mean", "ensemble", ("a", "b")),
+        RowInfo("first", "gate", ("a", "b")), RowInfo("b", "baseline"), RowInfo("c", "control", ("a", "b")),
+    ]  # fmt: skip
+    assert lead_mixture(rows, "second") == "second"
+    assert lead_mixture(rows, "") == "first"
+    assert lead_mixture(rows[:3], "") == "mean"
+    assert lead_mixture(rows[:2], "") == ""
+    assert shown_rows(rows, "second") == {"second", "a", "b"}
 
 
 def test_ignored_pixels_and_large_frames_and_any_rows(results_of):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas
 
 from reports.findings import chosen_gate, findings, main_subset
 
@@ -61,16 +62,72 @@ def test_regret_is_the_distance_to_the_best_gate_of_the_same_kind(results_of):
     results = results_of(gates=("simple",))
     results.matrices[results.by_name["best gate, class-wise"]] = 0  # the simple gate must not look there
     assert f"{iou(0.95):.2f} mIoU" in headlines(results)[3]
+    others = [
+        replace(row, experts=("day", "night")) if row.kind == "ceiling" else row for row in results.rows
+    ]
+    assert not any("perfect" in line for line in headlines(replace(results, rows=tuple(others))))
 
 
-def test_weights_tell_the_subsets_apart_and_a_collapse_is_told(results_of):
+def about(results, start, columns=COLUMNS):
+    (finding,) = [finding for finding in findings(results, columns) if finding.headline.startswith(start)]
+    return finding
+
+
+def test_regret_is_told_in_pixel_accuracy_too(results_of):
+    assert about(results_of(gate=0.85), "A perfect gate").detail.startswith("In pixel accuracy 10.00 points.")
+
+
+def test_what_the_gate_makes_of_disagreement(results_of):
+    found = about(results_of(), "On all the experts")
+    assert found.headline == (
+        "On all the experts differ on 35.0 % of the pixels; there moe_classwise is right on 50.0 %."
+    )
+    assert "highway on 42.9 %, urban on 21.4 %" in found.detail
+    assert "Where they agree, it is right on 87.7 %" in found.detail
+    assert (
+        "contradicts experts that agree on 5.0 % of the pixels and is right on 40.0 % of these (they: 20.0 %)"
+        in (found.detail)
+    )
+    # 149 of 200 are right, 114 of these where the experts agree; wrong: 16 of 51
+    assert f"AUROC of {(1 + 35 / 51 - 35 / 149) / 2:.2f}" in found.detail
+    assert f"probabilities {(120 * 30 + (120 * 20 + 30 * 30) / 2) / 150 / 50:.2f}" in found.detail
     results = results_of()
-    found = findings(results, COLUMNS)[4]
+    results.cases["moe_classwise"][:, :, 1] = 0
+    assert "It never contradicts experts that agree." in about(results, "On all the experts").detail
+    results.cases["moe_classwise"][:, :, 2:] = 0
+    assert "agree on every pixel" in about(results, "On all the experts").headline
+
+
+def test_gates_tell_the_subsets_apart_and_a_collapse_is_told(results_of):
+    results = results_of()
+    found = about(results, "moe_simple")
     assert found.headline == "moe_simple tells the subsets apart by 0.70."
-    assert found.detail == "Its mean weight for highway is 0.90 on highway and 0.20 on urban."
+    assert found.detail.startswith("Its mean weight for highway is 0.90 on highway and 0.20 on urban.")
+    assert "below the best gate of its kind" in found.detail
+    assert f"{iou(0.95) - iou(0.85):.2f} points of mIoU (10.00 of pixel accuracy)" in found.detail
     assert not any("collapsed" in line for line in headlines(results))
     results.weights["moe_simple"][:] = np.array([0.97, 0.03])[None, :, None]
     assert "moe_simple has collapsed." in headlines(results)
+
+
+def test_whether_a_gate_reads_the_light(results_of):
+    results = results_of()
+    assert "luma" not in about(results, "moe_simple").detail  # one weight on all images of a subset
+    weights = results.weights["moe_simple"]
+    for order, verdict in (
+        ([0, 1, 2, 3], "1.00 within highway, 1.00 within urban; it goes with the light."),
+        ([1, 2, 0, 3], "0.40 within highway, 0.40 within urban; it goes with the light in part."),
+        ([1, 3, 0, 2], "0.00 within highway, 0.00 within urban; it hardly goes with the light."),
+    ):
+        weights[:, 0, 0] = np.tile(order, 3) / 20 + np.repeat([0.7, 0.125, 0.3], 4)
+        weights[:, 1] = 1 - weights[:, 0]
+        detail = about(results, "moe_simple").detail
+        assert verdict in detail and " over all, " in detail
+    over_all = pandas.Series(weights[:8, 0, 0]).corr(pandas.Series(results.luma[:8]), method="spearman")
+    assert f"luma of the image: {over_all:.2f} over all" in detail
+    one = about(results, "moe_simple", ["urban", "fog"])
+    assert one.headline == "moe_simple gives highway a mean weight of 0.20 on urban."
+    assert "over all" not in one.detail and "within urban" in one.detail
 
 
 def test_nothing_is_said_of_what_is_not_there(results_of):

@@ -93,6 +93,25 @@ def test_the_matrix_with_its_marks(tmp_path, results_of):
     assert "demo" in page.text and "no evidence about real roads" in page.text
 
 
+def test_disagreement_regret_and_light_have_their_columns(tmp_path, results_of):
+    results = results_of()
+    results.weights["moe_simple"][:4, 0, 0] = [0.9, 0.8, 0.7, 0.75]
+    folder = evaluation_folder(tmp_path / "eval", results)
+    write_report([folder], [], tmp_path / "report.html")
+    page = Page(tmp_path / "report.html")
+    rows = [row for row in page.rows if row and row[0][0].strip() == "moe_simple"]
+    (cases,) = [row for row in rows if "60.00" in row[1][0]]
+    texts = [" ".join(text.split()) for text, _ in cases[1:]]
+    right, wrong = 149, 51
+    differ = f"{(1 + 35 / wrong - 35 / right) / 2:.2f}"
+    assert texts == ["60.00 92", "5.00 40", "30.00 50", "0.00 -", "5.00 50", differ, "0.70"]
+    (gate,) = [row for row in rows if "±" in row[2][0]]  # its first line, of highway
+    texts = [" ".join(text.split()) for text, _ in gate[1:]]
+    assert texts[:3] == ["highway", "0.79 ± 0.07 -0.80", "0.10 ± 0.00 -"]
+    assert texts[6:8] == ["16.56", "10.00"]
+    assert "Where the experts differ" in page.text
+
+
 def test_the_page_is_self_contained_and_real_data_get_no_warning(tmp_path, results_of):
     folder = evaluation_folder(tmp_path / "eval", results_of(dataset="camvid"), subsets=["all"])
     (folder / "overlays").mkdir()
