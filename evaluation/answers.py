@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evaluation.ceilings import Ceilings, ExpertPixels
-from evaluation.enlarge import Enlargements
+from evaluation.enlarge import Enlargements, rows_in_cache
 from evaluation.rows import Outputs, Prediction, Row, is_combination
 from metrics.detection import bin_of, jensen_shannon
 
@@ -112,7 +112,8 @@ def answer(
                 one.rows[row.name] = _classes(bands(prediction, one.view))
     for experts in dict.fromkeys(row.experts for row in rows if is_combination(row)):
         logits, stride = outputs.together(experts)
-        distance = Prediction(jensen_shannon(logits)[:, None], stride)
+        pieces = logits.split(rows_in_cache(logits), dim=3)
+        distance = Prediction(torch.cat([jensen_shannon(one) for one in pieces], dim=1)[:, None], stride)
         for one in answers:
             parts = [bin_of(band[:, 0]) for _, band in bands(distance, one.view)]
             one.bins[experts] = torch.cat(parts, dim=1)

@@ -23,6 +23,13 @@ class Strip:
     matrix: Tensor | None  # [stop - start, high - low]; None: the inputs themselves
 
 
+def rows_in_cache(tensor: Tensor) -> int:
+    """As many rows of a tensor [..., h, w] as make up a band."""
+    limit = BAND_BYTES if tensor.device.type == "cpu" else BAND_BYTES_GPU
+    row_bytes = tensor[..., 0, :].numel() * tensor.element_size()
+    return max(1, limit // row_bytes)
+
+
 class Axis:
     """A linear map along one axis, matrix [outputs, inputs] with its entries near the diagonal."""
 
@@ -56,14 +63,11 @@ class Enlargement:
 
     def bands(self, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """(rows, logits [B, C, rows, W] stored channels last) from top to bottom."""
-        batch, classes = logits.shape[:2]
-        row_bytes = batch * classes * self.columns.length * logits.element_size()
-        limit = BAND_BYTES if logits.device.type == "cpu" else BAND_BYTES_GPU
-        wide = self._widened(logits.permute(0, 2, 3, 1))
-        for strip in self.rows.strips(max(1, limit // row_bytes)):
+        wide = self._widened(logits.permute(0, 2, 3, 1))  # [B, h, W, C]
+        for strip in self.rows.strips(rows_in_cache(wide.permute(0, 3, 1, 2))):
             band = wide[:, strip.low : strip.high].contiguous()
             if strip.matrix is not None:
-                band = (strip.matrix @ band.flatten(2)).view(batch, -1, *band.shape[2:])
+                band = (strip.matrix @ band.flatten(2)).view(len(band), -1, *band.shape[2:])
             yield slice(strip.start, strip.stop), band.permute(0, 3, 1, 2)
 
     def whole(self, logits: Tensor) -> Tensor:

@@ -44,7 +44,10 @@ class Outputs:
             if len({one.shape for one in logits}) > 1 or len(strides) > 1:
                 logits = [self._to_input(name).whole(self.low_res[name]) for name in names]
                 strides = {None}
-            self._together[names] = torch.stack(logits, dim=1), strides.pop()
+            stacked = torch.stack(
+                [one.permute(0, 2, 3, 1) for one in logits]
+            )  # channels last: quicker to mix
+            self._together[names] = stacked.permute(1, 0, 4, 2, 3), strides.pop()
         return self._together[names]
 
     def combined(self, names: Sequence[str], combine: Callable[[Tensor], Tensor]) -> Tensor:

@@ -30,13 +30,15 @@ class Experts:
         self.read_images = any(mixture.input == "image" for mixture in mixtures)
         self.layout = torch.channels_last if settings.channels_last else torch.preserve_format
         self.mixture.to(device=device, memory_format=self.layout)
+        compiled = settings.compile and device.type == "cuda"
+        self.run = torch.compile(self.mixture.run_experts) if compiled else self.mixture.run_experts
 
     def __call__(self, batch: Batch, *_) -> ExpertOutputs:
         """Outputs on the device, without a graph."""
         bf16 = self.settings.precision == "bf16"
         images = images_of(batch, self.device, self.layout)
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            return self.without_images(self.mixture.run_experts(images))
+            return self.without_images(self.run(images))
 
     def without_images(self, outputs: ExpertOutputs) -> ExpertOutputs:
         """The outputs; images only where a gate reads them."""

@@ -11,8 +11,8 @@ import pandas
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_smoke(folder: Path) -> str:
-    command = [sys.executable, str(ROOT / "run_pipeline.py"), str(ROOT / "configs/demo/smoke.yaml")]
+def run_smoke(folder: Path, config: str = "smoke.yaml") -> str:
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), str(ROOT / "configs/demo" / config)]
     environment = {key: value for key, value in os.environ.items() if key != "MOE_CACHE"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -31,3 +31,25 @@ def test_smoke_pipeline_from_nothing_to_the_report(tmp_path):
     assert "no evidence about real roads" in re.sub(r"\s+", " ", report)
     assert not re.search(r'(src|href)="(https?:|/|\w+\.png)', report)  # one file that needs no other
     assert "0 of 8 stages ran" in run_smoke(tmp_path)
+
+
+def test_both_families_give_every_row_of_the_published_table(tmp_path):
+    """The stages of configs/pipeline_a2d2.yaml with small networks on generated scenes."""
+    told = run_smoke(tmp_path, "smoke_a2d2.yaml")
+    assert "16 of 16 stages ran" in told
+    nine = [
+        "baseline", "highway", "urban", "ensemble mean", "ensemble max", "moe_simple", "moe_simple_w_conv",
+        "moe_classwise", "moe_classwise_w_conv",
+    ]  # fmt: skip
+    for family in ("deeplab", "frrnA"):
+        lines = [line.removeprefix(f"{family} | ") for line in told.splitlines() if f"{family} | " in line]
+        header = next(place for place, line in enumerate(lines) if line.split()[:2] == ["highway", "urban"])
+        rows = lines[header + 1 : header + 10]
+        assert [re.split(r"  +", row)[0] for row in rows] == nine
+        table = pandas.read_csv(tmp_path / f"runs/smoke_a2d2/{family}/evaluation/test/matrix.csv")
+        shared = {"shared_encoder", "shared_encoder:highway", "shared_encoder:urban"}
+        assert {*nine, *shared} <= set(table["model"])
+        cases = pandas.read_csv(tmp_path / f"runs/smoke_a2d2/{family}/evaluation/test/disagreement.csv")
+        simple = cases[(cases["model"] == "moe_simple") & (cases["class"].isna()) & cases["followed"].isna()]
+        against = simple[simple["case"].str.contains("contradict")]
+        assert len(against) and (against["pixels"] == 0).all()

@@ -323,6 +323,16 @@ def test_experts_of_different_grids_are_combined_at_the_size_of_the_input():
     assert np.array_equal(coarse.scores["mean"], fine.scores["mean"])
 
 
+def test_a_class_without_a_vote_is_enlarged_without_nan():
+    """log 0 = -inf of the other classes; zero times that would be NaN, and NaN the largest of all."""
+    one_class = batches(lambda label: label.repeat_interleave(3, 0).repeat_interleave(3, 1))
+    for batch in one_class:
+        batch.images[:, 1] = 255  # experts: class 1 and class 2
+    rows = [ensemble_row("vote", ("highway", "highway"), RULES["vote"])]
+    results, _ = run(rows, one_class)
+    assert results.matrices[0][:, :, 1].sum() == results.truth.sum()
+
+
 def test_native_labels_of_the_input_size_change_nothing_and_sizes_may_differ():
     plain, _ = run(EXPERT_ROWS)
     same, _ = run(EXPERT_ROWS, batches(lambda label: label.clone()))

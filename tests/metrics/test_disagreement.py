@@ -134,3 +134,11 @@ def test_many_classes_and_many_experts_do_not_overflow():
     assert counts[:, :, :, : len(CASES), 0].sum() == 2 * 40
     assert counts[:, :, :, OWN_ANSWER, 0].sum() == counts[:, :, :, CONTRADICTED, 0].sum() == 0
     assert counts[..., : len(CASES), 2 + 3].sum() == 2 * 40  # the fourth expert is always right
+
+
+def test_ignored_pixels_are_counted_in_no_other_image_however_many_there_are():
+    answers = torch.zeros(4, 3, 1, 50, dtype=torch.uint8)  # 4 * 3 * 38 cells are more than label 255 reaches
+    labels = torch.full((3, 1, 50), 255, dtype=torch.uint8)
+    labels[2, 0, 0] = 1
+    counts = count_cases(answers, answers[:2], labels, torch.zeros_like(answers, dtype=torch.bool), 38)
+    assert counts[:, 2, 1, FOLLOWED, 0].tolist() == [1] * 4 and counts[..., FOLLOWED, 0].sum() == 4

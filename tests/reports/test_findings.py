@@ -116,6 +116,7 @@ def test_whether_a_gate_reads_the_light(results_of):
     weights = results.weights["moe_simple"]
     for order, verdict in (
         ([0, 1, 2, 3], "1.00 within highway, 1.00 within urban; it goes with the light."),
+        ([3, 2, 1, 0], "-1.00 within highway, -1.00 within urban; it goes with the light."),
         ([1, 2, 0, 3], "0.40 within highway, 0.40 within urban; it goes with the light in part."),
         ([1, 3, 0, 2], "0.00 within highway, 0.00 within urban; it hardly goes with the light."),
     ):
