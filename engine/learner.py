@@ -155,9 +155,7 @@ class Training:
         if self.count % LOG_STEPS == 0 or self.progress.line_is_due():
             self.watch.look()
             now = self.state.sums.tolist()
-            self.progress.line(
-                [_ratio(a - c, b - d) for (a, b), (c, d) in zip(now, self.told, strict=True)]
-            )
+            self.progress.line([_ratio(a - c, b - d) for (a, b), (c, d) in zip(now, self.told, strict=True)])
             self.told = now
         if self.settings.save_steps and self.at.step % self.settings.save_steps == 0:
             self.save()

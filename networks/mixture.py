@@ -173,7 +173,9 @@ def mix_logits(expert_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tens
     """Weighted sum over the experts: [B, E, C, h, w] and [B, E, K, 1, 1] or [B, E, K, h, w] -> [B, C, h, w]."""
     weights = weights.expand(len(expert_logits), *weights.shape[1:])
     # image by image: the products stay in the cache, which takes a quarter of the time
-    return torch.stack([(own * logits).sum(dim=0) for own, logits in zip(weights, expert_logits, strict=True)])
+    return torch.stack(
+        [(own * logits).sum(dim=0) for own, logits in zip(weights, expert_logits, strict=True)]
+    )
 
 
 def mix_log_probs(expert_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

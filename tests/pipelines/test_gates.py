@@ -44,7 +44,9 @@ def test_a_gate_trained_with_others_is_the_one_trained_alone_bit_for_bit(worksho
     config = workshop.gate(f"by_itself/{name}")
     workshop.train({**config, "gate": GATES[name]})
     for file in ("checkpoints/best.safetensors", "metrics.csv"):
-        assert (together / name / file).read_bytes() == (workshop.run(f"by_itself/{name}") / file).read_bytes()
+        assert (together / name / file).read_bytes() == (
+            workshop.run(f"by_itself/{name}") / file
+        ).read_bytes()
 
 
 def test_the_gates_differ(together):

@@ -193,9 +193,7 @@ def test_unknown_stage_is_told_with_those_there_are(folder):
         run(folder, only="gates")
 
 
-@pytest.mark.parametrize(
-    ("name", "work"), [("day", "network"), ("gate", "gate"), ("evaluation", "evaluate")]
-)
+@pytest.mark.parametrize(("name", "work"), [("day", "network"), ("gate", "gate"), ("evaluation", "evaluate")])
 def test_a_raised_version_constant_runs_that_kind_again(folder, monkeypatch, name, work):
     stage = module.build_stages(load(folder / "pipeline.yaml"))[name]
     before = module.ingredients_of(stage)
@@ -239,6 +237,4 @@ def test_a_section_that_a_newer_version_added_and_nobody_uses_is_no_change():
     after = {"config.train.epochs": 2, "config.cache": "none", "config.shared_encoder": None}
     assert module.changes(before, after) == []
     assert module.changes(before, {**after, "config.cache": "auto"}) == ["config.cache is new: auto"]
-    assert module.changes({**before, "config.train.ema": 0.9}, after) == [
-        "config.train.ema is gone, was 0.9"
-    ]
+    assert module.changes({**before, "config.train.ema": 0.9}, after) == ["config.train.ema is gone, was 0.9"]
