@@ -1,6 +1,5 @@
 """One part of the frame cache: the folder with the frames of one subset and split at one size."""
 
-import fcntl
 import hashlib
 import io
 import json
@@ -10,7 +9,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from tqdm import tqdm
 
 from dataloaders.frames import Frame, FrameIndex, size_text
 from dataloaders.transforms import resize_image, resize_label
 from engine.config import UserError
+from engine.disk import locked, progress, write_at
 
 VERSION = 1  # raise it when the same sources give other bytes
 
@@ -68,7 +67,8 @@ class Part:
                 if not damage:
                     return meta
             root.mkdir(parents=True, exist_ok=True)
-            with locked(root / f"{self.key}.lock", self.title):
+            waiting = f"waiting for another process that makes the frame cache of {self.title}"
+            with locked(root / f"{self.key}.lock", waiting, say):
                 if folder.exists():  # damaged, or made by another process while this one waited
                     meta, damage = self.check(folder, rows)
                     if not damage:
@@ -98,7 +98,9 @@ class Part:
                 array = np.load(path, mmap_mode="r")
                 with thread_pool() as threads:
                     sums = threads.map(lambda row, array=array: zlib.crc32(array[row]), rows)
-                    found = list(progress(sums, len(rows), f"checking the cached {name} of {self.title}"))
+                    found = list(
+                        progress(sums, len(rows), f"checking the cached {name} of {self.title}", say)
+                    )
                 written = meta[f"{name}_crc32"]
                 wrong = [row for row, crc32 in zip(rows, found, strict=True) if crc32 != written[row]]
                 if wrong:
@@ -141,7 +143,7 @@ class Part:
                 files[name].write(npy_header(shape))
             threads = stack.enter_context(thread_pool())
             made = threads.map(lambda row: self.write_frame(files, row), range(len(self.frames)))
-            records = list(progress(made, len(self.frames), f"caching {self.title}"))
+            records = list(progress(made, len(self.frames), f"caching {self.title}", say))
         return {name: [record[name] for record in records] for name in records[0]}
 
     def write_frame(self, files: dict[str, io.FileIO], row: int) -> dict:
@@ -160,7 +162,7 @@ class Part:
                 f"{self.index.ignore_index}"
             )
         for name, array in arrays.items():
-            write_at(files[name], array, len(npy_header(self.shapes[name])) + row * array.nbytes)
+            write_at(files[name].fileno(), array, len(npy_header(self.shapes[name])) + row * array.nbytes)
         return {
             "images_crc32": zlib.crc32(arrays["images"]),
             "labels_crc32": zlib.crc32(arrays["labels"]),
@@ -191,26 +193,6 @@ def file_bytes(shape: tuple[int, ...]) -> int:
     return len(npy_header(shape)) + math.prod(shape)
 
 
-def write_at(file: io.FileIO, array: np.ndarray, offset: int) -> None:
-    """A plain write, since a full disk is an OSError here but kills a process that writes to a memory map."""
-    data = memoryview(array).cast("B")
-    while data:
-        written = os.pwrite(file.fileno(), data, offset)
-        data, offset = data[written:], offset + written
-
-
-@contextmanager
-def locked(path: Path, title: str) -> Iterator[None]:
-    """Holds the lock file, so that of several processes one makes the part and the others wait for it."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that makes the frame cache of {title}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 @contextmanager
 def thread_pool() -> Iterator[ThreadPoolExecutor]:
     """One thread per core; what has not begun is dropped when the block ends early."""
@@ -220,19 +202,6 @@ def thread_pool() -> Iterator[ThreadPoolExecutor]:
         yield threads
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-def progress(items: Iterable, total: int, title: str) -> Iterator:
-    """The items; a bar on a terminal, a line every 10 seconds elsewhere, nothing for what takes a moment."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, title, total, unit="frame", delay=1, leave=False)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        if time.monotonic() - last > 10:
-            last = time.monotonic()
-            say(f"{title}: {done} of {total} frames")
-        yield item
 
 
 def say(line: str) -> None:

@@ -24,13 +24,14 @@ import numpy as np
 from dataloaders.a2d2 import a2d2
 from dataloaders.a2d2_classes import CATEGORIES, list_entries, rgb
 from dataloaders.a2d2_lists import Entry
-from dataloaders.cache_parts import progress
+from dataloaders.cache_parts import say
 from dataloaders.command import run
 from dataloaders.frames import SPLITS, FrameIndex
 from dataloaders.scene_furniture import FRAMES_PER_SCENE
 from dataloaders.scene_layouts import SUBSETS, paint_frame
 from dataloaders.scene_painter import CLASS_BITS
 from engine.config import NonNegativeInt, PositiveInt, Size, UserError
+from engine.disk import progress
 
 GENERATOR = "roadscenes"
 VERSION = 2  # raise it whenever the same parameters would give other bytes
@@ -199,7 +200,7 @@ def write_scenes(jobs: Sequence[SceneJob], folder: Path) -> None:
             pool = ProcessPoolExecutor(cores, context, initializer=cv2.setNumThreads, initargs=(1,))
             stack.callback(pool.shutdown, cancel_futures=True)
             written = pool.map(SceneJob.write, jobs, [folder] * len(jobs), chunksize=4)
-        for _ in progress((frame for frames in written for frame in range(frames)), total, "roadscenes"):
+        for _ in progress((frame for frames in written for frame in range(frames)), total, "roadscenes", say):
             pass
 
 

@@ -1,23 +1,21 @@
 """Stores of named tensors by row on disk: made once, checked, shared by processes. Knows no network."""
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from engine.row_files import Layout, RowFile, progress, write_at
+from engine.disk import Log, locked, progress, write_at
+from engine.row_files import Layout, RowFile
 
 VERSION = 1  # raise it when the same experts and frames give other bytes
-
-Log = Callable[[str], None]
 
 
 def store_key(facts: Mapping) -> str:
@@ -89,7 +87,7 @@ def open_store(
     if store:
         return store
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(folder.with_suffix(".lock"), title, log):
+    with locked(folder.with_suffix(".lock"), f"waiting for another process that caches {title}", log):
         store, damage = _finished(folder, title, log)  # another process may have made it meanwhile
         if store:
             return store
@@ -185,15 +183,3 @@ def _left_behind(building: Path, title: str, log: Log) -> tuple[dict[str, Layout
     except (OSError, ValueError):
         good = 0
     return (layouts, {name: found[:good] for name, found in sums.items()}) if good else ({}, {})
-
-
-@contextmanager
-def _locked(path: Path, title: str, log: Log) -> Iterator[None]:
-    """Holds the lock file, so that of several processes one makes the store and the others wait for it."""
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another process that caches {title}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

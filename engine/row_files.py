@@ -1,11 +1,8 @@
 """Tensors as rows of plain files: how they are laid out, written, memory-mapped and checked."""
 
 import mmap
-import os
-import sys
-import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
@@ -14,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-LINE_SECONDS = 10  # between two lines of progress where there is no terminal
+from engine.disk import Log, progress
 
 
 @dataclass(frozen=True)
@@ -65,7 +61,7 @@ class RowFile:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.rows = np.frombuffer(self.map, np.uint8, count * layout.nbytes).reshape(count, layout.nbytes)
 
-    def intact(self, sums: Sequence[int], title: str, log: Callable[[str], None]) -> int:
+    def intact(self, sums: Sequence[int], title: str, log: Log) -> int:
         """How many of the first rows have these checksums."""
         with ThreadPoolExecutor() as threads:
             found = progress(threads.map(zlib.crc32, self.rows), len(sums), title, log)
@@ -90,26 +86,3 @@ class RowFile:
             target[place] = self.rows[row]
         places = sorted(range(len(layout.order)), key=lambda place: layout.order[place])
         return tensor.permute(0, *(1 + place for place in places))
-
-
-def write_at(descriptor: int, array: np.ndarray, offset: int) -> None:
-    """A plain write, since a full disk is an OSError here but kills a process that writes to a memory map."""
-    data = memoryview(array).cast("B")
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def progress(
-    items: Iterable, total: int, title: str, log: Callable[[str], None], unit: str = "frame"
-) -> Iterator:
-    """The items; a bar on a terminal, else a line from time to time, nothing for what takes a moment."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, title, total, unit=unit, delay=1, leave=False)
-        return
-    last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        if time.monotonic() - last > LINE_SECONDS:
-            last = time.monotonic()
-            log(f"{title}: {done} of {total} {unit}s")
-        yield item

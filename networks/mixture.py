@@ -1,5 +1,6 @@
 """What a gate makes of the outputs of experts: weights, mixed logits, and a convolution of these."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,7 +37,7 @@ class Inspection:
     features: list[torch.Tensor]  # one [B, F, h', w'] per expert
 
 
-class Mixture(nn.Module):
+class Mixture(nn.Module, ABC):
     """What a gate makes of the outputs of experts; `run_experts` of its subclasses tells where those come from.
 
     gate: list of [B, F, h', w'] -> gate logits [B, E, K, h', w'].
@@ -84,9 +85,9 @@ class Mixture(nn.Module):
         # only a calibrated mixture stores them: the files of others don't change
         self.register_buffer("expert_temperatures", torch.ones(len(expert_names)), persistent=calibrate)
 
+    @abstractmethod
     def run_experts(self, images: torch.Tensor) -> ExpertOutputs:
         """Every expert, once. Images [B, 3, H, W] in [0, 1]."""
-        raise NotImplementedError
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]."""

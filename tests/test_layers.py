@@ -26,7 +26,7 @@ ALLOWED = {
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},
     "attacks": {"engine.config"},
-    "dataloaders": {"engine.config"},
+    "dataloaders": {"engine.config", "engine.disk"},
     "metrics": {"engine.config"},
 }
 # What engine.config is made of; it is read before anything heavy, so it imports nothing heavy itself.

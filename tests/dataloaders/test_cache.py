@@ -18,7 +18,9 @@ from dataloaders import cache_parts
 from dataloaders.cache import open_cache
 from dataloaders.frames import IGNORE
 from dataloaders.transforms import resize_image, resize_label
+from engine import disk
 from engine.config import UserError
+from tests.damage import cut_off, empty, flip_a_bit
 
 SIZE = (16, 20)
 
@@ -85,22 +87,8 @@ def test_class_pixels_count_the_cached_labels(index, tmp_path):
     assert (cache.class_counts.sum(axis=1) == SIZE[0] * SIZE[1]).all()
 
 
-def cut_off(path):
-    os.truncate(path, path.stat().st_size - 7)
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
-
-
 def change_the_type(path):
     path.write_bytes(path.read_bytes().replace(b"|u1", b"|i1", 1))
-
-
-def empty(path):
-    path.write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -225,7 +213,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_a_later_try_works(index, tmp_pa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_parts.os, "pwrite", full)
+        patch.setattr(disk.os, "pwrite", full)
         with pytest.raises(UserError, match="No space left on device; it needs"):
             opened(index, tmp_path)
     assert_nothing_left(tmp_path)
@@ -265,13 +253,6 @@ def test_processes_that_need_the_same_part_make_it_once(index, tmp_path, capfd):
     first, second, third = (np.load(tmp_path / f"{number}.npy") for number in range(3))
     assert np.array_equal(first, second) and np.array_equal(first, third)
     assert made(capfd) == 2 and len(parts(tmp_path)) == 2
-
-
-def test_progress_without_a_terminal_is_a_line_every_ten_seconds(monkeypatch, capsys):
-    clock = iter(range(0, 1000, 4))
-    monkeypatch.setattr(cache_parts.time, "monotonic", lambda: next(clock))
-    assert list(cache_parts.progress(iter("abcdefgh"), 8, "caching")) == list("abcdefgh")
-    assert capsys.readouterr().err == "caching: 3 of 8 frames\ncaching: 6 of 8 frames\n"
 
 
 def test_only_the_frames_in_use_are_checked(index, tmp_path, capsys):

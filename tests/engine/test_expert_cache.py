@@ -8,9 +8,10 @@ import os
 import pytest
 import torch
 
-from engine import expert_cache, row_files
+from engine import disk, expert_cache
 from engine.expert_cache import bytes_on_disk, open_store, store_key
 from engine.row_files import Layout, RowFile
+from tests.damage import cut_off, empty, flip_a_bit
 
 ROWS = 7
 GROUPS = [range(0, 3), range(3, 6), range(6, 7)]
@@ -85,20 +86,6 @@ def test_a_finished_store_is_not_made_again_and_keeps_its_notes(tmp_path):
     assert maker.asked == []
 
 
-def cut_off(path):
-    os.truncate(path, path.stat().st_size - 7)
-
-
-def flip_a_bit(path):
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 4
-    path.write_bytes(data)
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, empty, os.remove])
 @pytest.mark.parametrize("file", ["maps.bin", "half.bin", "ids.bin", "meta.json"])
 def test_a_damaged_store_is_told_and_made_again(tmp_path, file, damage):
@@ -159,7 +146,7 @@ def test_a_disk_that_fills_up_leaves_nothing_and_a_later_try_works(tmp_path, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(row_files.os, "pwrite", full)
+        patch.setattr(disk.os, "pwrite", full)
         with pytest.raises(OSError, match="No space left"):
             opened(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["key.lock"]
@@ -203,10 +190,3 @@ def test_a_store_is_named_by_all_of_its_facts(monkeypatch):
     assert len({key, *map(store_key, others)}) == 4
     monkeypatch.setattr(expert_cache, "VERSION", expert_cache.VERSION + 1)
     assert store_key(facts) != key
-
-
-def test_progress_without_a_terminal_is_a_line_from_time_to_time(monkeypatch):
-    clock, told = iter(range(0, 1000, 4)), []
-    monkeypatch.setattr(row_files.time, "monotonic", lambda: next(clock))
-    assert list(row_files.progress(iter("abcdefgh"), 8, "caching", told.append)) == list("abcdefgh")
-    assert told == ["caching: 3 of 8 frames", "caching: 6 of 8 frames"]

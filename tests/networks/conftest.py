@@ -45,3 +45,22 @@ def toy_expert():
 def toy_experts():
     """toy_experts(number, num_classes=5) -> dict of named experts."""
     return lambda number, num_classes=5: {f"expert{index}": ToyExpert(num_classes) for index in range(number)}
+
+
+def assert_gradient_is_that_of_finite_differences(model, images, probe):
+    """Of sum(logits * probe) by the images, all the way through experts and gate; all in float64."""
+    direction = torch.rand(images.shape, dtype=torch.float64)
+
+    def slope(weights_of):
+        leaf = images.clone().requires_grad_()
+        outputs = model.run_experts(leaf)
+        logits, _ = model.combine(outputs, weights_of(model.mix(outputs)[1]))
+        (gradient,) = torch.autograd.grad((logits * probe).sum(), leaf)
+        return (gradient * direction).sum().item()
+
+    step = 1e-6
+    with torch.no_grad():
+        ahead, behind = model(images + step * direction), model(images - step * direction)
+    difference = (((ahead - behind) * probe).sum() / (2 * step)).item()
+    assert slope(lambda weights: weights) == pytest.approx(difference, rel=1e-5)
+    assert slope(torch.detach) != pytest.approx(difference, rel=1e-3)  # so part of it came through the gate

@@ -12,6 +12,7 @@ from networks.moe import MixtureOfExperts, gate_channels
 from networks.normalize import Normalize
 from networks.resize import pad_to
 from networks.spatial_gate import SpatialGate
+from tests.networks.conftest import assert_gradient_is_that_of_finite_differences
 
 GATES = {
     "simple": lambda *sizes: SimpleGate(*sizes, grid=(3, 4), hidden=16),
@@ -250,22 +251,8 @@ def test_image_gradient_through_the_gate_is_that_of_finite_differences(toy_exper
     model = mixture(toy_experts(2), gate, input, calibrate=True, conv=True, temperature=1.5).double()
     model.expert_temperatures.copy_(torch.tensor([0.7, 1.3]))
     decide(model, images)
-    direction = torch.rand(2, 3, 33, 50, dtype=torch.float64)
     probe = torch.randn(2, 5, 33, 50, dtype=torch.float64)
-
-    def slope(weights_of):
-        leaf = images.clone().requires_grad_()
-        outputs = model.run_experts(leaf)
-        weights = weights_of(model.mix(outputs)[1])
-        (gradient,) = torch.autograd.grad((model.combine(outputs, weights)[0] * probe).sum(), leaf)
-        return (gradient * direction).sum().item()
-
-    step = 1e-6
-    with torch.no_grad():
-        ahead, behind = model(images + step * direction), model(images - step * direction)
-    difference = (((ahead - behind) * probe).sum() / (2 * step)).item()
-    assert slope(lambda weights: weights) == pytest.approx(difference, rel=1e-5)
-    assert slope(torch.detach) != pytest.approx(difference, rel=1e-3)  # so part of it came through the gate
+    assert_gradient_is_that_of_finite_differences(model, images, probe)
 
 
 @every_gate
