@@ -5,6 +5,7 @@
 Both ways are our own (bfloat16, channels_last, experts without a graph, the loss of upsampled logits in bands).
 Beside them: all gates in one pass of the experts, and the plain way, which runs the experts without a graph
 too, but in float32 and NCHW, and takes F.cross_entropy of F.interpolate. Needs about 8 MB of disk a frame.
+From the cache an epoch is timed whole; where experts run, --running of its frames are, since each costs the same.
 """
 
 import argparse
@@ -63,6 +64,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backbone", default="resnet101", help="encoder of both experts (%(default)s)")
     parser.add_argument("--size", type=int, nargs=2, default=(480, 640), help="height and width %(default)s")
     parser.add_argument("--frames", type=int, default=64, help="frames of an epoch (%(default)s)")
+    parser.add_argument(
+        "--running", type=int, default=64, help="frames timed where experts run (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=8, help="frames a step (%(default)s)")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES))
     parser.add_argument("--content", default="float32", help="cache.content (%(default)s)")
@@ -84,32 +88,36 @@ def measure(options: argparse.Namespace, folder: Path, index: FrameIndex, expert
     plain = plain_step(trainees["full"][alone][0], example)
     check_that_they_agree(trainees["full"][alone], running, reading, plain, example)
 
-    ways = {"together": partial(epoch, batches, running, together), "plain": plain}
+    some, whole = options.running // options.batch, len(batches)
+    ways = {"together": partial(epoch, batches, running, together, some), "plain": plain}
     grid = together[0][0].grid(options.size)
     ways |= losses_alone(reading(example), example.labels.long(), grid)
     for at, by_gate in trainees.items():
         for name, trainee in by_gate.items():
-            ways[at, name, "experts"] = partial(epoch, batches, running, [trainee])
-            ways[at, name, "cache"] = partial(epoch, batches, reading, [trainee])
+            ways[at, name, "experts"] = partial(epoch, batches, running, [trainee], some)
+            ways[at, name, "cache"] = partial(epoch, batches, reading, [trainee], whole)
     seconds = medians(side_by_side(ways, options.repeats))
+    frames = {way: (whole if "cache" in way else some) * options.batch for way in ways}
+    ms = {way: 1e3 * seconds[way] / (options.batch if "plain" in way else frames[way]) for way in ways}
 
     rows = []
     for at, name in itertools.product(trainees, options.gates):
-        slow, quick = seconds[at, name, "experts"], seconds[at, name, "cache"]
-        rows.append((name, at, f"{slow:.2f}", f"{quick:.2f}", f"{slow / quick:.1f}"))
-    ours, plain_epoch = seconds["full", alone, "experts"], seconds["plain"] * len(batches)
+        slow, quick = ms[at, name, "experts"], ms[at, name, "cache"]
+        rows.append((name, at, f"{slow:.0f}", f"{quick:.1f}", f"{slow / quick:.1f}"))
+    ours = ms["full", alone, "experts"]
     height, width = options.size
     report(
         f"Epoch of a gate, outputs of two DeepLabv3+ {options.backbone} from the cache: {options.frames} frames "
         f"{height}x{width}, {NUM_CLASSES} classes, batches of {options.batch}",
-        ("gate", "loss at", "experts run, s", "from the cache, s", "gain"),
+        ("gate", "loss at", "experts run, ms a frame", "from the cache, ms a frame", "gain"),
         rows,
-        f"{len(together)} gates in one pass of the experts: {seconds['together']:.2f} s, "
-        f"{seconds['together'] / ours:.2f} x the time of {alone} alone. The plain way with {alone}: "
-        f"{plain_epoch:.2f} s (from one batch), {plain_epoch / ours:.1f} x ours with the experts run. The loss "
+        f"{len(together)} gates in one pass of the experts: {ms['together']:.0f} ms a frame, "
+        f"{ms['together'] / ours:.2f} x the time of {alone} alone. The plain way with {alone}: "
+        f"{ms['plain']:.0f} ms a frame, {ms['plain'] / ours:.1f} x ours with the experts run. The loss "
         f"at full resolution with its gradient: {seconds['loss']:.3f} s a batch, plain {seconds['plain loss']:.3f} "
         f"s. The cache ({options.content}) took {making:.1f} s to make. Median of {options.repeats} interleaved "
-        f"rounds, {torch.get_num_threads()} threads; loading the batches is in the time, validation is not.",
+        f"rounds ({options.running} frames where experts run), {torch.get_num_threads()} threads; loading the "
+        "batches is in the time, validation is not.",
         options.out,
     )
 
@@ -210,9 +218,9 @@ def trainees_of(config: Run, experts: Mapping, index: FrameIndex, steps: int) ->
     return found
 
 
-def epoch(batches: TrainBatches, prepare: Prepare, trainees: Sequence[Trainee]) -> None:
-    """What fit does in an epoch, without its records."""
-    for batch in batches.epoch(0):
+def epoch(batches: TrainBatches, prepare: Prepare, trainees: Sequence[Trainee], steps: int) -> None:
+    """What fit does in the first steps of an epoch, without its records."""
+    for batch in itertools.islice(batches.epoch(0), steps):
         inputs, labels = prepare(batch), batch.labels.long()
         for mixture, phase in trainees:
             compute_gradients(phase, mixture, [(inputs, labels)], bf16=True)
