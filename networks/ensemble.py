@@ -44,6 +44,14 @@ class Ensemble(nn.Module):
         self.experts = nn.ModuleList(e if isinstance(e, Frozen) else Frozen(e) for e in experts.values())
         self.combine = combine
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]."""
-        return self.combine(torch.stack([expert(images) for expert in self.experts], dim=1))
+        return self.combine(self.expert_logits(images))
+
+    def expert_logits(self, images: torch.Tensor) -> torch.Tensor:
+        """[B, E, C, H, W], what `combine` takes; each expert run once."""
+        return torch.stack([expert(images) for expert in self.experts], dim=1)

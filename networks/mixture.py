@@ -1,6 +1,7 @@
 """What a gate makes of the outputs of experts: weights, mixed logits, and a convolution of these."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -115,9 +116,26 @@ class Mixture(nn.Module, ABC):
         with without_autocast(outputs.logits):
             return [pool_to_grid(full_precision(one), (rows, columns)) for one in whole]
 
+    @property
+    def num_experts(self) -> int:
+        return len(self.expert_names)
+
     def gate_logits(self, images: torch.Tensor) -> torch.Tensor:
         """[1, B, E, K, h', w'] (one routing site), differentiable, before softmax."""
-        return self.gate(self.gate_inputs(self.run_experts(images)))[None]
+        return self.gate_and_mix(images)[0]
+
+    def gate_and_mix(
+        self, images: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """(gate logits [1, B, E, K, h', w'], mix) from one pass of the experts.
+
+        mix(weights) is forward_given(images, weights), so that mix(route(gate logits)) = forward(images), bit
+        for bit; it may be called with any weights any number of times. Both are differentiable by images and
+        weights. Nothing is kept for another call.
+        """
+        outputs = self.run_experts(images)
+        gate_logits = self.gate(self.gate_inputs(outputs))[None]
+        return gate_logits, lambda weights: self.combine(outputs, of_one_site(weights))[0]
 
     def route(self, gate_logits: torch.Tensor) -> torch.Tensor:
         """Weights of the same shape [..., E, K, h', w'] that sum to 1 over the experts.
@@ -133,7 +151,7 @@ class Mixture(nn.Module, ABC):
 
         One-hot weights force one expert.
         """
-        return self.combine(self.run_experts(images), weights.reshape(weights.shape[-5:]))[0]
+        return self.combine(self.run_experts(images), of_one_site(weights))[0]
 
     def combine(
         self, outputs: ExpertOutputs, weights: torch.Tensor | None = None
@@ -170,13 +188,24 @@ class Mixture(nn.Module, ABC):
         return padded(size[0], self.stride), padded(size[1], self.stride)
 
 
+def of_one_site(weights: torch.Tensor) -> torch.Tensor:
+    """[1, B, E, K, h', w'] or [B, E, K, h', w'] -> the latter."""
+    return weights.reshape(weights.shape[-5:])
+
+
+def stack_logits(logits: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Logits [B, C, h, w] of each expert -> [B, E, C, h, w] in float32, with the classes of a pixel side by side in
+    memory: mixing and convolutions are quicker so."""
+    together = torch.stack([full_precision(one).permute(0, 2, 3, 1) for one in logits], dim=1)
+    return together.permute(0, 1, 4, 2, 3)
+
+
 def mix_logits(expert_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum over the experts: [B, E, C, h, w] and [B, E, K, 1, 1] or [B, E, K, h, w] -> [B, C, h, w]."""
-    weights = weights.expand(len(expert_logits), *weights.shape[1:])
-    # image by image: the products stay in the cache, which takes a quarter of the time
-    return torch.stack(
-        [(own * logits).sum(dim=0) for own, logits in zip(weights, expert_logits, strict=True)]
-    )
+    mixed = weights[:, 0] * expert_logits[:, 0]
+    for expert in range(1, expert_logits.shape[1]):  # one pass over memory for each, and its layout is kept
+        mixed = torch.addcmul(mixed, weights[:, expert], expert_logits[:, expert])
+    return mixed
 
 
 def mix_log_probs(expert_logits: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -7,8 +7,7 @@ from torch import nn
 
 from engine.config import UserError
 from networks.gates import UniformGate
-from networks.mixture import ExpertOutputs, Mixture
-from networks.resize import full_precision
+from networks.mixture import ExpertOutputs, Mixture, stack_logits
 
 
 class Frozen(nn.Module):
@@ -54,8 +53,7 @@ class MixtureOfExperts(Mixture):
         """Every expert, once. Images [B, 3, H, W] in [0, 1]."""
         logits, features = zip(*(expert.forward_features(images) for expert in self.experts), strict=True)
         check_grids(self.expert_names, logits, features)
-        stacked = torch.stack([full_precision(one) for one in logits], dim=1)
-        return ExpertOutputs(stacked, list(features), images, tuple(images.shape[-2:]))
+        return ExpertOutputs(stack_logits(logits), list(features), images, tuple(images.shape[-2:]))
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """Its own tensors (gate, convolution, experts' temperatures) by name; experts live in their own files."""

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from networks.moe import ExpertOutputs, Mixture, check_experts
-from networks.resize import full_precision, upsample
+from networks.mixture import ExpertOutputs, Mixture, stack_logits
+from networks.moe import check_experts
+from networks.resize import upsample
 
 
 class SharedEncoderMixture(Mixture):
@@ -34,7 +35,7 @@ class SharedEncoderMixture(Mixture):
     def run_experts(self, images: torch.Tensor) -> ExpertOutputs:
         """The encoder once, every decoder once; a single feature map. Images [B, 3, H, W] in [0, 1]."""
         state = self.encoder.encode(images)
-        logits = torch.stack([full_precision(decoder.decode(state)) for decoder in self.decoders], dim=1)
+        logits = stack_logits([decoder.decode(state) for decoder in self.decoders])
         return ExpertOutputs(logits, [state.features], images, tuple(images.shape[-2:]))
 
     def gate_inputs(self, outputs: ExpertOutputs) -> list[torch.Tensor]:

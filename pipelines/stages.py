@@ -13,7 +13,7 @@ from engine.config import Evaluation, Pipeline, Run, UserError, load, references
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
-VERSIONS = {"network": 1, "gate": 2, "evaluate": 2}
+VERSIONS = {"network": 1, "gate": 3, "evaluate": 2}
 # Keys that say where and how fast, not what: they don't belong to the key of a stage.
 PLACES = (
     "name",
@@ -42,7 +42,9 @@ class Stage:
     @property
     def work(self) -> str:
         """What it computes, as VERSIONS names it."""
-        return self.kind if self.kind == "evaluate" else "gate" if self.config.experts else "network"
+        if self.kind == "evaluate":
+            return self.kind
+        return "gate" if self.config.experts or self.config.shared_encoder else "network"
 
     @property
     def weights(self) -> dict[str, str]:
