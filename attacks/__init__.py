@@ -1,5 +1,28 @@
-"""Attacks by name: (model, images, labels, *, knobs) -> images. A new one is one file and one line here."""
+"""Attacks by name: (model, images, labels, threat, *, YAML keys) -> Found. A new one is one file and one line here."""
 
 ATTACKS = {
     "clean": "attacks.clean:clean",
+    "fgsm": "attacks.pgd:fgsm",
+    "pgd": "attacks.pgd:pgd",
+    "segpgd": "attacks.pgd:segpgd",
+    "cospgd": "attacks.pgd:cospgd",
+    "apgd": "attacks.apgd:apgd",
+    "apgd_targeted": "attacks.apgd:apgd_targeted",
+    "square": "attacks.square:square",
+    "universal": "attacks.universal:universal",
+    "hide": "attacks.hide:hide",
+    "soft_gate": "attacks.routed:soft_gate",
+    "route_first": "attacks.routed:route_first",
+    "stay_route": "attacks.routed:stay_route",
+    "joint": "attacks.routed:joint",
+    "weakest_expert": "attacks.routed:weakest_expert",
+    "all_to_one_wrong": "attacks.routed:all_to_one_wrong",
+    "gate_only": "attacks.routed:gate_only",
+    "experts_only": "attacks.routed:experts_only",
+    "member_sum": "attacks.ensembles:member_sum",
+    "mean_of_probabilities": "attacks.ensembles:mean_of_probabilities",
+    "each_member": "attacks.ensembles:each_member",
+    "members_to_one_wrong": "attacks.ensembles:members_to_one_wrong",
+    "smooth_ensemble": "attacks.ensembles:smooth_ensemble",
+    "evade": "attacks.evade:evade",
 }

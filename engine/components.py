@@ -3,11 +3,13 @@
 import ast
 import importlib
 import importlib.util
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -236,3 +238,23 @@ def _type(annotation: ast.expr | None) -> Any:
         annotation = ast.parse(annotation.value, mode="eval").body
     code = compile(ast.Expression(annotation), "annotation", "eval")
     return eval(code, {"__builtins__": {}}, ANNOTATIONS)
+
+
+def listing(names: dict[str, str]) -> list[str]:
+    """What a table holds, as lines: names with the first line of their docstring, and each YAML key with its default
+    and description."""
+    lines = []
+    for name, spec in names.items():
+        signature = signature_of(spec)
+        lines.append(f"  {name:<16} {signature.docstring.splitlines()[0]}")
+        for key in signature.types:
+            default = f" = {json.dumps(signature.defaults[key])}" if key in signature.defaults else ""
+            text = description(signature.docstring, key)
+            lines += wrap(text, 110, initial_indent=f"      {key + default:<26} ", subsequent_indent=" " * 33)
+    return lines
+
+
+def description(docstring: str, key: str) -> str:
+    """What the docstring's Args say about a key, in one line."""
+    found = re.search(rf"^ *{key}: (.*(?:\n {{8}}.*)*)", docstring, re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+from engine.components import description
 from engine.config import signature_of
 from networks import ENSEMBLES, GATES, NETWORKS
 
@@ -21,8 +22,6 @@ def test_python_m_networks_lists_every_name_and_key_without_torch():
 
 
 def test_every_key_is_described():
-    from networks.__main__ import description
-
     for table in (NETWORKS, GATES, ENSEMBLES):
         for spec in table.values():
             signature = signature_of(spec)

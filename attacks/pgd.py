@@ -1,0 +1,199 @@
+"""Projected gradient ascent with a fixed step: FGSM, PGD, SegPGD, CosPGD."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from attacks.pixel_losses import PixelLoss, image_loss
+from attacks.search import Found, Objective, Search, Trial
+from attacks.threat import Threat, each, project, random_point, steepest
+from engine.config import Positive, PositiveInt
+
+
+def pgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    loss: Literal[
+        "ce",
+        "masked_ce",
+        "balanced_masked_ce",
+        "jensen_shannon",
+        "segpgd",
+        "cospgd",
+        "masked_spherical",
+        "tsallis",
+        "dlr",
+        "margin",
+    ] = "ce",
+    steps: PositiveInt = 20,
+    step_size: Positive | None = None,
+    restarts: PositiveInt = 1,
+    random_start: bool = True,
+    draws: PositiveInt = 1,
+) -> Found:
+    """Projected gradient ascent (Madry et al. 2018, arXiv 1706.06083): sign steps (linf) or normalised ones (l2).
+
+    Images [B, C, H, W] in [0, 1], labels [B, *S]; model as in attacks.search. The best of all points tried is kept,
+    the last one included.
+
+    Args:
+        loss: what is raised, see attacks/pixel_losses.py.
+        steps: gradient steps of a restart; one more forward pass looks at the last point.
+        step_size: in units of pixels; null: 2.5 eps / steps.
+        restarts: times that it begins anew, unless no image has a correct pixel left.
+        random_start: begin at a random point of the ball, not at the image.
+        draws: passes that a gradient is averaged over.
+    """
+    search = Search(model, images, labels, threat)
+    objective = raise_loss(search, loss)
+    for restart in range(restarts):
+        if not search.alive.any():
+            break
+        start = random_point(images, threat, "pgd", restart) if random_start else images
+        climb(search, objective, start, steps, step_size, draws)
+    return search.found()
+
+
+def fgsm(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    loss: Literal[
+        "ce",
+        "masked_ce",
+        "balanced_masked_ce",
+        "jensen_shannon",
+        "segpgd",
+        "cospgd",
+        "masked_spherical",
+        "tsallis",
+        "dlr",
+        "margin",
+    ] = "ce",
+) -> Found:
+    """One step of length eps from the image (Goodfellow et al. 2015, arXiv 1412.6572).
+
+    The image itself is kept where the step does no good.
+
+    Args:
+        loss: what is raised, see attacks/pixel_losses.py.
+    """
+    return pgd(model, images, labels, threat, loss=loss, steps=1, step_size=threat.eps, random_start=False)
+
+
+def segpgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    steps: PositiveInt = 20,
+    step_size: Positive | None = None,
+    restarts: PositiveInt = 1,
+    random_start: bool = True,
+    draws: PositiveInt = 1,
+) -> Found:
+    """PGD that turns from the pixels that are right to all of them (Gu et al. 2022, arXiv 2207.12391).
+
+    Args:
+        steps: gradient steps of a restart; one more forward pass looks at the last point.
+        step_size: in units of pixels; null: 2.5 eps / steps.
+        restarts: times that it begins anew, unless no image has a correct pixel left.
+        random_start: begin at a random point of the ball, not at the image.
+        draws: passes that a gradient is averaged over.
+    """
+    return pgd(
+        model,
+        images,
+        labels,
+        threat,
+        loss="segpgd",
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        random_start=random_start,
+        draws=draws,
+    )
+
+
+def cospgd(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    steps: PositiveInt = 20,
+    step_size: Positive | None = None,
+    restarts: PositiveInt = 1,
+    random_start: bool = True,
+    draws: PositiveInt = 1,
+) -> Found:
+    """PGD that weighs pixels by how close prediction and label are (Agnihotri et al. 2024, arXiv 2302.02213).
+
+    Args:
+        steps: gradient steps of a restart; one more forward pass looks at the last point.
+        step_size: in units of pixels; null: 2.5 eps / steps.
+        restarts: times that it begins anew, unless no image has a correct pixel left.
+        random_start: begin at a random point of the ball, not at the image.
+        draws: passes that a gradient is averaged over.
+    """
+    return pgd(
+        model,
+        images,
+        labels,
+        threat,
+        loss="cospgd",
+        steps=steps,
+        step_size=step_size,
+        restarts=restarts,
+        random_start=random_start,
+        draws=draws,
+    )
+
+
+def climb(
+    search: Search,
+    objective: Objective,
+    start: Tensor,
+    steps: int,
+    step_size: float | None = None,
+    draws: int = 1,
+    threat: Threat | None = None,
+) -> Tensor:
+    """`steps` steps uphill from `start`, the last point looked at as well, which is returned. Images that have no
+    correct pixel left stay where they are. threat: another ball than the search's, for a while."""
+    threat = threat or search.threat
+    size = 2.5 * threat.eps / steps if step_size is None else step_size
+    points = start
+    for step in range(steps):
+        gradient, _ = search.gradient(points, objective, step / steps, draws)
+        alive = search.alive
+        if not alive.any():
+            return points
+        moved = project(points + size * steepest(gradient, threat.norm), search.images, threat)
+        points = torch.where(each(alive, points), moved, points)
+    search.look(points, draws)
+    return points
+
+
+def raise_loss(search: Search, loss: PixelLoss | str, track: PixelLoss | str | None = None) -> Objective:
+    """The objective of a plain white-box attack: a loss (of attacks.pixel_losses) of the network's own logits.
+
+    track: another loss that step sizes are judged by."""
+
+    def value(logits: Tensor, loss: PixelLoss | str, progress: float) -> Tensor:
+        return image_loss(loss, logits, search.labels, search.threat, progress)
+
+    def objective(points: Tensor, progress: float) -> Trial:
+        logits = search.model(points)
+        tracked = value(logits.detach(), track, progress) if track else None
+        return Trial(value(logits, loss, progress), logits, tracked)
+
+    return objective
