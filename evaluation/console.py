@@ -3,8 +3,10 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from evaluation.formats import percent
+from evaluation.formats import in_brackets, percent, points
+from evaluation.intervals import COMPARED, Intervals, clean_estimates, difference_rows
 from evaluation.results import KINDS, Results
+from evaluation.statistics import FEWEST_UNITS, LEVEL
 
 HEADINGS = {
     "baseline": "further baselines",
@@ -19,8 +21,11 @@ HEADINGS = {
 
 def results_table(results: Results, subsets: Sequence[str], first: Sequence[str]) -> str:
     """Lines of rows x subsets, mIoU in percent with the number of classes counted in parentheses: the rows named
-    in `first` in that order, then all others by kind. A dash where a row is not defined."""
+    in `first` in that order, then all others by kind. A dash where a row is not defined. Intervals only on "all" (or
+    the first subset), where the chosen gate is compared below the table too."""
     protocol = results.protocol
+    main = "all" if "all" in subsets else subsets[0]
+    intervals = clean_estimates(results, [main])
     others = [name for name in results.names() if name not in first]
     groups = [("", list(first))]
     groups += [
@@ -31,7 +36,8 @@ def results_table(results: Results, subsets: Sequence[str], first: Sequence[str]
         if names:
             lines += [[heading]] if heading else []
             lines += [
-                [name + " *" * (name == results.chosen), *_cells(results, name, subsets)] for name in names
+                [name + " *" * (name == results.chosen), *_cells(results, name, subsets, intervals)]
+                for name in names
             ]
     where = "the label's own size" if protocol.resolution == "native" else "the network's input size"
     text = [
@@ -39,14 +45,30 @@ def results_table(results: Results, subsets: Sequence[str], first: Sequence[str]
         f"{len(results.images)} images, at {where}",
         "",
         *_aligned(lines),
+        "",
+        *_compared(results, main, intervals),
     ]
-    return "\n".join([*text, "", "* gate chosen on val"] if results.chosen else text)
+    return "\n".join([*text, "* gate chosen on val"] if results.chosen else text).rstrip()
 
 
-def _cells(results: Results, name: str, subsets: Sequence[str]) -> Iterable[str]:
+def _cells(results: Results, name: str, subsets: Sequence[str], intervals: Intervals) -> Iterable[str]:
     for subset in subsets:
-        value = results.miou(name, subset)
-        yield "-" if math.isnan(value) else f"{percent(value)} ({results.counted(name, subset)})"
+        value, estimate = results.miou(name, subset), intervals.get((name, subset, "miou"))
+        interval = in_brackets(*estimate.interval()) if estimate else ""
+        yield "-" if math.isnan(value) else f"{percent(value)}{interval} ({results.counted(name, subset)})"
+
+
+def _compared(results: Results, subset: str, intervals: Intervals) -> list[str]:
+    """The gate against the best of other kinds, a line each, and of how many units the intervals are."""
+    rows = [row for row in difference_rows(results, [subset], intervals) if row["metric"] == COMPARED]
+    lines = [
+        f"{row['row']} minus {row['against']} (best {row['kind']}) on {subset}: {points(row['difference'])} points"
+        f"{in_brackets(row['ci_low'], row['ci_high'])}"
+        for row in rows
+    ]
+    units = next((estimate.units for estimate in intervals.values()), 0)
+    told = f"[{100 * LEVEL:.0f} % intervals over {units} blocks of frames]"
+    return [*lines, told] if units >= FEWEST_UNITS else lines
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

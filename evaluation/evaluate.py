@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attacks.clean import clean
 from engine.config import UserError
 from evaluation.answers import Answers, answer, views_of
 from evaluation.ceilings import NO_CEILINGS, Ceilings
@@ -47,7 +46,6 @@ def evaluate(
     window: Callable[[tuple[int, int]], tuple[int, int, int, int]],
     device: torch.device,
     ceilings: Ceilings = NO_CEILINGS,
-    attack: Callable = clean,
     keep: Collection[str] = (),
     on_sample: Callable[[Sample], None] = print,
     chosen: str = "",
@@ -59,8 +57,7 @@ def evaluate(
     networks: in eval mode, with forward_features(images) -> (logits, features) and `stride`;
     `upsample(logits, size, stride)` brings the logits to the input's size, as `enlarge.Enlargements` says.
     `window(native size)` tells which part (top, left, height, width) of the network's input a frame of that size
-    covers. `attack(model, images, labels)` works on images in [0, 1]. Frames named in `keep` are handed to
-    `on_sample`.
+    covers. Frames named in `keep` are handed to `on_sample`.
 
     Raises UserError where there is no frame, and where two rows or two frames have one name.
     """
@@ -73,7 +70,6 @@ def evaluate(
     for batch in tqdm(batches, desc=f"evaluate {protocol.split}", unit="batch", disable=None, leave=False):
         images = batch.images.to(device, non_blocking=True).float() / 255
         labels = batch.labels.to(device, non_blocking=True)
-        images = attack(networks, images, labels)  # `clean` is the same for every row, so one pass serves all
         with torch.inference_mode():
             outputs = Outputs(networks, images, protocol.precision, enlargements)
             views = views_of(batch, labels, window)

@@ -1,12 +1,24 @@
 """How figures look in Markdown and LaTeX."""
 
+import csv
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def percent(value: float) -> str:
     """A fraction in percent with two decimals; a dash for NaN."""
     return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def in_brackets(low: float, high: float) -> str:
+    """An interval of fractions in percent with one decimal, behind a blank; nothing for NaN."""
+    return "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def points(difference: float) -> str:
+    """A difference of fractions in percentage points with its sign."""
+    return f"{100 * difference:+.2f}"
 
 
 def markdown_table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int) -> list[str]:
@@ -27,3 +39,27 @@ def number(value: float | int | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:.2f}"
+
+
+def aligned(lines: Iterable[Sequence[str]], left: int) -> list[str]:
+    """Lines of cells in columns for a terminal, the first `left` columns to the left, the others to the right."""
+    lines = [list(map(str, line)) for line in lines]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = []
+    for line in lines:
+        cells = [
+            cell.ljust(width) if place < left else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        texts.append("  ".join(cells).rstrip())
+    return texts
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
+    """CSV with all digits; missing values, None and NaN are empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
+    return text.getvalue()

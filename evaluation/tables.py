@@ -8,6 +8,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
+
 from engine.runs import atomic_write
 from evaluation.disagreement import (
     DISAGREEMENT_COLUMNS,
@@ -16,9 +18,18 @@ from evaluation.disagreement import (
     per_image_columns,
     per_image_rows,
 )
-from evaluation.formats import latex_escape, markdown_table, number, percent
+from evaluation.formats import in_brackets, latex_escape, markdown_table, number, percent, points
 from evaluation.gate_table import GATE_COLUMNS, gate_rows
+from evaluation.intervals import (
+    DIFFERENCE_COLUMNS,
+    DIFFERENCES,
+    Intervals,
+    clean_estimates,
+    difference_rows,
+    interval_columns,
+)
 from evaluation.results import Results
+from evaluation.statistics import FEWEST_UNITS, LEVEL, REPLICATES
 from metrics.confusion import iou_per_class
 
 RESULT_COLUMNS = (
@@ -29,6 +40,10 @@ IN_PERCENT = (
     "Figures are in percent, behind them in parentheses the number of classes counted; matrix.csv and "
     "results.csv hold fractions in [0, 1] with all digits."
 )
+METRIC_TITLES = {
+    "miou_gt_only": "mIoU", "miou_common": "mIoU_common", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images",
+    "macc": "mAcc", "fwiou": "fwIoU",
+}  # fmt: skip
 FEW_IMAGES = 10  # a class in fewer images than this is marked: its IoU says little
 
 
@@ -63,24 +78,27 @@ def write_tables(
     `subsets`: columns in this order (none given: all there are); `dead_shares` by gate: share of images on
     which its hidden layer is all zero."""
     subsets = list(subsets) or results.subset_names
-    matrix = matrix_rows(results, subsets, costs)
+    matrix, intervals = matrix_rows(results, subsets, costs), clean_estimates(results, subsets)
+    differences = difference_rows(results, subsets, intervals)
     files = {
         "matrix.csv": _csv(list(matrix[0]), matrix),
-        "matrix.md": matrix_markdown(results, subsets, matrix),
+        "matrix.md": matrix_markdown(results, subsets, matrix, intervals),
         "matrix.tex": matrix_latex(results, subsets, matrix),
+        "differences.csv": _csv(DIFFERENCE_COLUMNS, differences),
+        "differences.md": differences_markdown(results, subsets, differences),
         "classes.md": classes_markdown(results, subsets),
         "gate.csv": _csv(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
         "disagreement.csv": _csv(DISAGREEMENT_COLUMNS, disagreement_rows(results, subsets)),
         "disagreement_per_image.csv": _csv(per_image_columns(results), per_image_rows(results)),
-        "results.csv": _csv(RESULT_COLUMNS, result_rows(results, subsets)),
+        "results.csv": _csv(RESULT_COLUMNS, result_rows(results, subsets, intervals)),
     }
     for name, text in files.items():
         atomic_write(Path(folder) / name, text.encode())
 
 
-def result_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
-    """One row per figure, values as fractions in [0, 1] (counts as they are). Rows of model "labels" tell in
-    how many images of the subset a class has ground truth."""
+def result_rows(results: Results, subsets: Sequence[str], intervals: Intervals = NOTHING) -> list[dict]:
+    """One row per figure, values as fractions in [0, 1] (counts as they are), with its interval where there is one.
+    Rows of model "labels" tell in how many images of the subset a class has ground truth."""
     rows = []
     for subset in subsets:
         mask = results.mask(subset)
@@ -100,7 +118,9 @@ def result_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
             if name in results.cases:
                 values |= error_detection(results, name, subset)
             model = {**base, "model": name, "kind": results.row(name).kind}
-            rows += [{**model, "metric": metric, "value": value} for metric, value in values.items()]
+            for metric, value in values.items():
+                interval = interval_columns(intervals.get((name, subset, metric)))
+                rows.append({**model, "metric": metric, "value": value, **interval})
             for class_name, iou in zip(results.protocol.classes, iou_per_class(total).tolist(), strict=True):
                 rows.append({**model, "metric": "iou", "class": class_name, "value": iou})
     return rows
@@ -146,19 +166,35 @@ def header_lines(results: Results, subsets: Sequence[str]) -> list[str]:
         f"({rule}).",
         "mIoU_common is over the classes with ground truth in every one of these subsets "
         f"({common} of {len(protocol.classes)}), so that its columns can be compared.",
+        _intervals_line(results, subsets),
     ]
 
 
-def matrix_markdown(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
+def _intervals_line(results: Results, subsets: Sequence[str]) -> str:
+    """What an interval is, and of how many units; that there is none, where no subset has enough."""
+    blocks = {subset: len(set(np.array(results.blocks)[results.mask(subset)])) for subset in subsets}
+    units = ", ".join(f"{subset} {count}" for subset, count in blocks.items())
+    few = f"none for fewer than {FEWEST_UNITS}"
+    if max(blocks.values()) < FEWEST_UNITS:
+        return f"Units (blocks of consecutive frames): {units}; intervals: {few}."
+    return (
+        f"[low, high]: {100 * LEVEL:.0f} % percentile intervals over {REPLICATES} resamples of units (blocks of "
+        f"consecutive frames): {units}; {few}. The classes of a mean are the same in all resamples."
+    )
+
+
+def matrix_markdown(
+    results: Results, subsets: Sequence[str], rows: Sequence[Mapping], intervals: Intervals = NOTHING
+) -> str:
     """The matrix in percent, with its header lines."""
-    titles, cells = _matrix_cells(results, subsets, rows, " ({})")
+    titles, cells = _matrix_cells(results, subsets, rows, " ({})", intervals)
     lines = [*(f"- {line}" for line in [*header_lines(results, subsets), IN_PERCENT]), ""]
     return "\n".join(lines + markdown_table(titles, cells, left=2)) + "\n"
 
 
 def matrix_latex(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
-    """The matrix in percent as a LaTeX tabular (package booktabs), its header lines as comments."""
-    titles, cells = _matrix_cells(results, subsets, rows, r" \,({})")
+    """The matrix in percent as a LaTeX tabular (package booktabs) without intervals, its header lines as comments."""
+    titles, cells = _matrix_cells(results, subsets, rows, r" \,({})", NOTHING)
     lines = [f"% {line}" for line in [*header_lines(results, subsets), IN_PERCENT]]
     lines += [r"\begin{tabular}{ll" + "r" * (len(titles) - 3) + "l}", r"\toprule"]
     lines += [" & ".join(latex_escape(title) for title in titles) + r" \\", r"\midrule"]
@@ -173,6 +209,33 @@ def matrix_latex(results: Results, subsets: Sequence[str], rows: Sequence[Mappin
         ]
         lines.append(" & ".join(texts) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def differences_markdown(results: Results, subsets: Sequence[str], rows: Sequence[Mapping]) -> str:
+    """The lines of `difference_rows` in points, a line per rival and subset."""
+    lines = [f"- {line}" for line in (*header_lines(results, subsets)[:2], _intervals_line(results, subsets))]
+    if not rows:
+        return "\n".join([*lines, "", "There is no gate to compare."]) + "\n"
+    lines += [
+        f"- Points by which {rows[0]['row']} is above the row, the interval of the difference on the same resamples "
+        "of both. mIoU is over the classes with ground truth in the subset, the same for both.",
+        "- The row is the best of its kind by mIoU on these very images, which favours it. About these networks: a "
+        "claim about the method takes several training seeds.",
+        "",
+    ]
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        text = points(row["difference"]) + in_brackets(row["ci_low"], row["ci_high"])
+        line = table.setdefault(
+            (row["subset"], row["kind"]), {"against": row["against"], "units": str(row["units"])}
+        )
+        line[row["metric"]] = text
+    cells = [
+        [subset, f"best {kind}", line["against"], line["units"], *(line.get(key, "-") for key in DIFFERENCES)]
+        for (subset, kind), line in table.items()
+    ]
+    titles = ["subset", "against", "row", "units", *(METRIC_TITLES[key] for key in DIFFERENCES)]
+    return "\n".join(lines + markdown_table(titles, cells, left=3)) + "\n"
 
 
 def classes_markdown(results: Results, subsets: Sequence[str]) -> str:
@@ -194,9 +257,13 @@ def classes_markdown(results: Results, subsets: Sequence[str]) -> str:
 
 
 def _matrix_cells(
-    results: Results, subsets: Sequence[str], rows: Sequence[Mapping], counted_in: str
+    results: Results, subsets: Sequence[str], rows: Sequence[Mapping], counted_in: str, intervals: Intervals
 ) -> tuple[list[str], list[list[str]]]:
-    """Titles and texts of the matrix; mIoU is followed by the number of classes counted."""
+    """Titles and texts of the matrix; a figure is followed by its interval, mIoU by the number of classes counted."""
+
+    def interval(*key: str) -> str:
+        return in_brackets(*intervals[key].interval()) if key in intervals else ""
+
     titles = ["model", "kind", *(f"mIoU {subset}" for subset in subsets)]
     titles += [f"mIoU_common {subset}" for subset in subsets]
     titles += ["parameters", "trained parameters", "GMACs", "images seen", "optimiser steps", "note"]
@@ -206,8 +273,12 @@ def _matrix_cells(
         for subset in subsets:
             value = row[f"miou_{subset}"]
             counted = counted_in.format(results.counted(row["model"], subset))
-            line.append(percent(value) + ("" if math.isnan(value) else counted))
-        line += [percent(row[f"miou_common_{subset}"]) for subset in subsets]
+            behind = "" if math.isnan(value) else interval(row["model"], subset, "miou") + counted
+            line.append(percent(value) + behind)
+        line += [
+            percent(row[f"miou_common_{subset}"]) + interval(row["model"], subset, "miou_common")
+            for subset in subsets
+        ]
         line += [number(row[cost]) for cost in COSTS[:-1]]
         cells.append([*line, row["note"]])
     return titles, cells

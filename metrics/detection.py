@@ -56,3 +56,25 @@ def auroc(counts: np.ndarray) -> np.ndarray:
     below = right.cumsum(axis=-1) - right / 2
     pairs = right.sum(axis=-1) * wrong.sum(axis=-1)
     return np.divide((wrong * below).sum(axis=-1), pairs, out=np.full(pairs.shape, np.nan), where=pairs != 0)
+
+
+def counts_by_score(negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """int64 [2, S]: how often each value occurs among scores of those to pass (0) and of those to find (1), values
+    ascending; what `auroc` and `fpr_at_tpr` take, exact for the scores."""
+    both = np.concatenate([negative, positive])
+    if np.isnan(both).any():
+        raise ValueError("a score is NaN")
+    values, place = np.unique(both, return_inverse=True)
+    found = np.zeros((2, len(values)), np.int64)
+    np.add.at(found, (np.repeat([0, 1], [len(negative), len(positive)]), place), 1)
+    return found
+
+
+def fpr_at_tpr(counts: np.ndarray, tpr: float = 0.95) -> float:
+    """Share of those to pass that are stopped at the highest threshold that finds at least a share `tpr` of those to
+    find; NaN where there are none of either. counts [2, S] as of `counts_by_score`."""
+    passed, found = np.asarray(counts)[:, ::-1].cumsum(axis=1)  # at or above each value, descending
+    if not passed[-1] or not found[-1]:
+        return math.nan
+    first = int((found >= tpr * found[-1] - 1e-9).argmax())
+    return float(passed[first] / passed[-1])

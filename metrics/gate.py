@@ -32,6 +32,11 @@ def entropy(weights: np.ndarray) -> np.ndarray:
     return -(weights * np.log(np.where(weights > 0, weights, 1.0))).sum(axis=-2)
 
 
+def effective_experts(load: np.ndarray) -> np.ndarray:
+    """exp(entropy) of shares [..., E, K] over the experts, [..., K]: 1 where one has all, E where all have alike."""
+    return np.exp(entropy(load))
+
+
 def gate_statistics(weights: np.ndarray) -> GateStatistics:
     """Statistics of per-image weights [N, E, K] that sum to 1 over E; N >= 1."""
     weights = np.asarray(weights, dtype=np.float64)

@@ -1,7 +1,8 @@
 """The evaluation pipeline: everything a config names in one pass over the frames, then tables and pictures."""
 
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,27 +15,35 @@ from engine.checkpoints import atomic_write
 from engine.config import Evaluation, Run, UserError, dump
 from evaluation.ceilings import NO_CEILINGS, Ceilings, ceilings_for
 from evaluation.console import results_table
+from evaluation.corruptions import Corrupted
 from evaluation.evaluate import Sample, spread_frames
 from evaluation.evaluate import evaluate as evaluate_rows
 from evaluation.gate_table import collapse_warnings
 from evaluation.results import Protocol, Results, best_row
+from evaluation.robust import shard
 from evaluation.rows import Row, constant_row
 from evaluation.tables import write_tables
 from networks.resize import upsample
+from pipelines import corruptions, robustness
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
 from pipelines.segmentation import evaluation_batches, pick_device, refuse_bad_data
 from reports.figures import overlay, shown_rows
 
 
 def evaluate(config: Run | Evaluation, options) -> Results | None:
-    """Evaluate every run that the config names in one pass over the frames; tables and pictures are written."""
-    device = pick_device(options.device)
+    """Evaluate every run that the config names in one pass over the frames, then under corruptions and attacks where
+    it asks for them; tables and pictures are written. Of several processes (torchrun) the first does the passes, all
+    do attacks."""
+    device, rank = own_gpu(pick_device(options.device)), shard()[0]
     if isinstance(config, Run):
         config = as_evaluation(config)
     settings, folder = config.evaluate, evaluation_folder(config)
-    if len(settings.attacks) > 1:
-        raise UserError(f"evaluate.attacks: one attack in an evaluation, found {len(settings.attacks)}")
-    if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
+    attacked = robustness.is_asked(settings)
+    last = {corruptions.LAST: corruptions.is_asked(settings), "robustness.csv": attacked, "results.csv": True}
+    done = all((folder / name).exists() for name, asked in last.items() if asked)
+    begun = (folder / "ledger").exists() or (folder / corruptions.FOLDER).exists()
+    done = done or ((folder / "results.csv").exists() and not begun)  # else it goes on
+    if done and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     index = config.data.build()
     subsets = settings.subsets or [*config.data.subsets, *(["all"] if len(config.data.subsets) > 1 else [])]
@@ -42,9 +51,39 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     zoo = load_zoo(config, index)
     if options.dry_run:
         print(describe_zoo(config, zoo, frames))
+        if corruptions.is_asked(settings):
+            print(corruptions.describe(settings, frames))
+        if attacked:
+            print(robustness.describe_attacks(config, index, zoo, subsets))
         refuse_bad_data(index)
         return None
+    results = None
+    if rank == 0:
+        (folder / "robustness.csv").unlink(missing_ok=True)
+        corruptions.begin(folder, options.overwrite)
+        results = clean_matrix(config, index, frames, zoo, subsets, device)
+    if attacked:
+        robustness.attack_rows(config, index, zoo, device, folder, subsets, options.overwrite)
+    return results
 
+
+def own_gpu(device: torch.device) -> torch.device:
+    """Of several processes on a machine (torchrun) each takes a GPU of its own, unless one is named."""
+    local = os.environ.get("LOCAL_RANK")
+    alone = device.type != "cuda" or device.index is not None or local is None
+    return device if alone else torch.device("cuda", int(local))
+
+
+def clean_matrix(
+    config: Evaluation,
+    index: FrameIndex,
+    frames: Sequence[Frame],
+    zoo: Zoo,
+    subsets: Sequence[str],
+    device: torch.device,
+) -> Results:
+    """Every row on the frames as they are."""
+    settings, folder = config.evaluate, evaluation_folder(config)
     for trained in zoo.networks.values():
         trained.network.to(device, memory_format=torch.channels_last)
     for trained, _ in zoo.gates.values():
@@ -81,6 +120,9 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     print(results_table(results, subsets, zoo.paper_rows))
     for warning in collapse_warnings(results, subsets):
         print(f"warning: {warning}")
+    if corruptions.is_asked(settings):
+        run = partial(run_rows, config, index, frames, zoo, rows, settings.split, device)
+        corruptions.corrupted_rows(folder, settings, index, frames, zoo, results, subsets, run, device.type)
     print(f"evaluation: {folder}")
     return results
 
@@ -95,11 +137,15 @@ def run_rows(
     device: torch.device,
     *,
     ceilings: Ceilings = NO_CEILINGS,
+    change: Callable | None = None,
     **options,
 ) -> Results:
-    """One pass of evaluation.evaluate under the config's protocol; networks that no row needs don't run."""
+    """One pass of evaluation.evaluate under the config's protocol; networks that no row needs don't run. Each image is
+    replaced by change(image uint8 [H, W, 3], name of its frame) where that is given."""
     data, settings = config.data, config.evaluate
     batches = evaluation_batches(data, index, frames, settings.batch_size, settings.resolution)
+    if change is not None:
+        batches = Corrupted(batches, change)
     protocol = Protocol(
         dataset=index.name,
         split=split,
@@ -110,7 +156,6 @@ def run_rows(
         resolution=settings.resolution,
         absent=settings.absent,
         precision=settings.precision,
-        attack=settings.attacks[0].name,
     )
     needed = {*ceilings.experts, *(name for row in rows for name in row.networks)}
     networks = {name: trained.network for name, trained in zoo.networks.items() if name in needed}
@@ -122,7 +167,6 @@ def run_rows(
         upsample=upsample,
         window=partial(valid_window, image_size=data.image_size, resize=data.resize),
         device=device,
-        attack=settings.attacks[0].build,
         ceilings=ceilings,
         **options,
     )

@@ -3,7 +3,7 @@
 import base64
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jinja2
@@ -12,9 +12,10 @@ import numpy as np
 from engine.config import UserError
 from engine.runs import atomic_write
 from evaluation.disagreement import case_totals, error_detection, parts_of
-from evaluation.formats import number, percent
+from evaluation.formats import in_brackets, number, percent, points
+from evaluation.intervals import DIFFERENCES
 from evaluation.results import KINDS, Results
-from evaluation.tables import COSTS, FEW_IMAGES, header_lines
+from evaluation.tables import COSTS, FEW_IMAGES, METRIC_TITLES, header_lines
 from metrics.confusion import iou_per_class
 from metrics.disagreement import CASES
 from reports import charts
@@ -77,7 +78,9 @@ def _evaluation_part(folder: Folder) -> dict:
         "counted": {subset: _same_count(results, subset) for subset in subsets},
         "tiles": _tiles(results, subsets),
         "findings": findings(results, subsets),
-        "groups": _groups(results, subsets, matrix),
+        "groups": _groups(results, subsets, matrix, _intervals(folder)),
+        "difference_titles": [METRIC_TITLES[metric] for metric in DIFFERENCES],
+        "differences": _difference_rows(folder.table("differences.csv")),
         "ceilings": results.names("ceiling"),
         "classes": _class_rows(results, main_subset(subsets)),
         "class_models": results.names(*COMPARED),
@@ -113,10 +116,24 @@ def _tiles(results: Results, subsets: Sequence[str]) -> list[tuple[str, str, str
     return tiles
 
 
+def _intervals(folder: Folder) -> dict[tuple[str, str], str]:
+    """Texts of the intervals of the clean figures of results.csv by (row, metric_subset)."""
+    return {
+        (row["model"], f"{row['metric']}_{row['subset']}"): in_brackets(
+            float(row["ci_low"]), float(row["ci_high"])
+        )
+        for row in folder.table("results.csv")
+        if row["ci_low"] and not (row["corruption"] or row["suite"])
+    }
+
+
 def _groups(
-    results: Results, subsets: Sequence[str], matrix: list[dict[str, str]]
+    results: Results,
+    subsets: Sequence[str],
+    matrix: list[dict[str, str]],
+    intervals: Mapping[tuple[str, str], str],
 ) -> list[tuple[str, list[dict]]]:
-    """Rows of the matrix by kind; each cell with its text, its marks and the number of classes counted."""
+    """Rows of the matrix by kind; each cell with its text and interval, its marks and the number of classes counted."""
     known = {row["model"]: row for row in matrix}
     value = {
         (name, column): float(row[column]) if row[column] else math.nan
@@ -138,6 +155,7 @@ def _groups(
                     counted = None if told else results.counted(name, subset)
                     cells.append({
                         "text": percent(value[name, column]),
+                        "interval": intervals.get((name, column), ""),
                         "counted": None if math.isnan(value[name, column]) else counted,
                         "marks": " ".join(filter(None, ["best" * best, _place(results, name, subset)])),
                     })  # fmt: skip
@@ -153,6 +171,18 @@ def _groups(
         if rows:
             groups.append((kind, rows))
     return groups
+
+
+def _difference_rows(table: list[dict[str, str]]) -> list[dict]:
+    """One line per subset and rival of the chosen gate, from the lines of differences.csv."""
+    lines: dict[tuple[str, str], dict] = {}
+    for row in table:
+        line = lines.setdefault(
+            (row["subset"], row["kind"]), {**row, "cells": dict.fromkeys(DIFFERENCES, ("-", ""))}
+        )
+        interval = in_brackets(float(row["ci_low"]), float(row["ci_high"])) if row["ci_low"] else ""
+        line["cells"][row["metric"]] = points(float(row["difference"])), interval
+    return list(lines.values())
 
 
 def _same_count(results: Results, subset: str) -> int | None:

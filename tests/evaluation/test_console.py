@@ -1,7 +1,12 @@
 """The printed table: the paper's rows first and in its order, then the others by kind; figures and counts."""
 
+import re
+
+import numpy as np
+
 from evaluation.console import results_table
 from evaluation.formats import percent
+from evaluation.intervals import clean_estimates
 
 
 def test_the_first_rows_come_first_in_their_order_and_the_others_by_kind(results_of):
@@ -13,11 +18,13 @@ def test_the_first_rows_come_first_in_their_order_and_the_others_by_kind(results
     names = [line[:21].strip() for line in lines[3:] if line]
     assert names == [
         "moe", "ensemble mean", "ceilings: may look at", "best gate, simple", "best gate, class-wise",
-        "floor", "best constant class",
+        "floor", "best constant class", "moe minus ensemble me",
     ]  # fmt: skip
     value = percent(results.miou("moe", "highway"))
     assert lines[3].split() == ["moe", value, "(2)", value, "(2)"]
     assert len({len(line) for line in lines[2:5]}) == 1  # columns stand below each other
+    margin = 100 * (results.miou("moe", "all") - results.miou("ensemble mean", "all"))
+    assert lines[-1] == f"moe minus ensemble mean (best ensemble) on all: {margin:+.2f} points"  # two units
 
 
 def test_the_chosen_gate_is_marked_and_a_row_that_is_not_defined_has_a_dash(results_of):
@@ -32,3 +39,35 @@ def test_the_chosen_gate_is_marked_and_a_row_that_is_not_defined_has_a_dash(resu
     (line,) = [line for line in text.splitlines() if line.startswith("ensemble mean")]
     assert line.split()[-1] == "-"
     assert text.index("controls") < text.index("ceilings") < text.index("floor")
+
+
+def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results_of):
+    results = results_of()
+    twice = {
+        "images": tuple("abcdefghijkl"),
+        "subsets": results.subsets * 2,
+        "luma": np.tile(results.luma, 2),
+    }
+    for name in ("matrices", "truth"):
+        array = getattr(results, name)
+        twice[name] = np.concatenate([array, array], axis=array.ndim - 3 if name == "matrices" else 0)
+    for name in ("weights", "cases", "scores"):
+        twice[name] = {
+            row: np.tile(array, (2, *[1] * (array.ndim - 1))) for row, array in getattr(results, name).items()
+        }
+    results = type(results)(**{**vars(results), **twice, "blocks": tuple("abcdefghijkl")})
+    results.matrices[0, :6, 0, 0] -= 3
+    results.matrices[0, :6, 0, 1] += 3
+    text = results_table(results, ["highway", "all"], ["moe", "ensemble mean"])
+    (line,) = [line for line in text.splitlines() if line.startswith("ensemble mean")]
+    interval = clean_estimates(results, ["all"])["ensemble mean", "all", "miou"].interval()
+    told = f"[{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+    highway, of_all = (
+        percent(results.miou("ensemble mean", "highway")),
+        percent(results.miou("ensemble mean", "all")),
+    )
+    assert " ".join(line.split()) == f"ensemble mean {highway} (2) {of_all} {told} (2)"
+    assert interval[0] < interval[1]
+    compared, note = text.splitlines()[-2:]
+    assert re.fullmatch(r"moe minus .* points \[[\d.]+, [\d.]+\]", compared)
+    assert note == "[95 % intervals over 12 blocks of frames]"

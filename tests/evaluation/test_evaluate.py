@@ -373,15 +373,6 @@ def test_frames_for_overlays_are_spread_over_each_subset():
     assert spread_frames(frames, 0) == set()
 
 
-def test_the_attack_works_on_the_images_in_the_unit_range_before_any_network():
-    def blacken(model, images, labels):
-        assert 0.9 < images.max() <= 1 and labels.dtype == torch.uint8
-        return images * 0
-
-    black, _ = run(EXPERT_ROWS, attack=blacken)
-    assert black.matrices[0][:, :, 1:].sum() == 0  # equal logits everywhere: the first class
-
-
 def test_results_come_back_from_disk_as_they_were_and_the_file_is_the_same_each_time(tmp_path):
     rows = [*EXPERT_ROWS, random_gate_row("random", EXPERTS, 1), subset_routing_row("true", EXPERTS)]
     rows += [gate_row("gate", EXPERTS, by_feature), ensemble_row("max", EXPERTS, RULES["max"])]

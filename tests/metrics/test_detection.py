@@ -7,9 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 
-from metrics.detection import BINS, auroc, bin_of, count_scores, jensen_shannon
+from metrics.detection import (
+    BINS,
+    auroc,
+    bin_of,
+    count_scores,
+    counts_by_score,
+    fpr_at_tpr,
+    jensen_shannon,
+)
 
 
 def noisy_scores(seed, images=2):
@@ -83,3 +91,26 @@ def test_the_distance_is_zero_for_like_experts_and_one_for_sure_and_different_on
     for expert in range(3):
         sure[0, expert, expert] = 200.0
     assert jensen_shannon(sure).item() == pytest.approx(1)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    negative=st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    positive=st.lists(st.integers(0, 6), min_size=1, max_size=30),
+    tpr=st.sampled_from([0.5, 0.95, 1.0]),
+)
+def test_auroc_and_fpr_of_scores_themselves_are_those_of_scikit_learn(negative, positive, tpr):
+    negative, positive = np.array(negative) / 7, np.array(positive) / 7
+    counts = counts_by_score(negative, positive)
+    truth, values = np.repeat([0, 1], [len(negative), len(positive)]), np.concatenate([negative, positive])
+    assert float(auroc(counts)) == pytest.approx(roc_auc_score(truth, values), abs=1e-12)
+    false, true, _ = roc_curve(truth, values, drop_intermediate=False)
+    assert fpr_at_tpr(counts, tpr) == pytest.approx(false[true >= tpr - 1e-12].min(), abs=1e-12)
+
+
+def test_without_scores_of_either_there_is_no_fpr_and_nan_is_refused():
+    assert math.isnan(fpr_at_tpr(counts_by_score(np.array([]), np.array([1.0]))))
+    assert math.isnan(fpr_at_tpr(counts_by_score(np.array([1.0]), np.array([]))))
+    assert fpr_at_tpr(counts_by_score(np.array([0.0, 0.4]), np.array([0.5, 0.6]))) == 0
+    with pytest.raises(ValueError, match="NaN"):
+        counts_by_score(np.array([np.nan]), np.array([1.0]))

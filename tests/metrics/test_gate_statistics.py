@@ -6,7 +6,7 @@ import numpy as np
 import pandas
 import pytest
 
-from metrics.gate import COLLAPSE, gate_statistics, pearson, spearman
+from metrics.gate import COLLAPSE, effective_experts, gate_statistics, pearson, spearman
 
 
 def test_a_gate_that_decides_by_image_one_that_never_decides_and_one_that_collapsed():
@@ -57,3 +57,8 @@ def test_a_gate_that_is_constant_but_for_rounding_has_no_correlation():
         assert math.isnan(correlation(saturated, luma))
         assert math.isnan(correlation(luma[:2], luma[:2]))  # two images always lie on a line
         assert correlation(luma[:3], luma[:3]) == pytest.approx(1)
+
+
+def test_effective_experts_are_one_where_one_has_all_and_all_where_all_have_alike():
+    load = np.array([[1.0, 0.25, 0.5], [0.0, 0.25, 0.5], [0.0, 0.25, 0.0], [0.0, 0.25, 0.0]])  # [E, K]
+    assert effective_experts(load) == pytest.approx([1, 4, 2])

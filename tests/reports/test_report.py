@@ -4,9 +4,11 @@ import json
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
 from engine.config import UserError
+from evaluation.results import Results
 from evaluation.tables import Cost, write_tables
 from reports.report import write_report
 
@@ -91,6 +93,33 @@ def test_the_matrix_with_its_marks(tmp_path, results_of):
     assert "12.5 %" in page.text and "0.90 ± 0.00" in page.text
     assert "On highway the highway expert is 48.48 points above the urban expert." in page.text
     assert "demo" in page.text and "no evidence about real roads" in page.text
+
+
+def test_intervals_and_the_comparison_of_the_gate(tmp_path, results_of):
+    few = results_of()
+    results = Results(
+        **{**vars(few), "blocks": few.images}
+    )  # four of each subset, eight of highway and urban
+    twice = {"images": tuple(f"frame{index}" for index in range(24)), "subsets": few.subsets * 2}
+    twice |= {"blocks": twice["images"], "matrices": np.concatenate([few.matrices] * 2, axis=1)}
+    for name in ("truth", "luma"):
+        twice[name] = np.concatenate([getattr(few, name)] * 2)
+    for name in ("weights", "cases", "scores"):
+        twice[name] = {row: np.concatenate([array] * 2) for row, array in getattr(few, name).items()}
+    many = Results(**{**vars(few), **twice})
+    for name, one in (("few", results), ("many", many)):
+        write_report([evaluation_folder(tmp_path / name, one)], [], tmp_path / f"{name}.html")
+    few, many = (Page(tmp_path / f"{name}.html") for name in ("few", "many"))
+    assert few.row("highway")[3][0] == "53.85"
+    text = many.row("highway")[3][0]  # on all: 16 units
+    value, low, high = re.fullmatch(r"([\d.]+) \[([\d.]+), ([\d.]+)\]", text).groups()
+    assert value == "53.85" and float(low) < 53.85 < float(high)
+    assert many.row("highway")[1][0] == "81.82"  # eight
+    assert "moe_classwise against the best of the others" in many.text
+    (line,) = [row for row in many.rows if row and row[0][0] == "all" and "baseline" in row[1][0]]
+    assert line[2][0] == "16" and line[3][0] == "+7.25 [7.2, 7.2]"  # no image differs from another in that
+    (line,) = [row for row in few.rows if row and row[0][0] == "all" and "baseline" in row[1][0]]
+    assert line[2][0] == "8" and line[3][0] == "+7.25"
 
 
 def test_disagreement_regret_and_light_have_their_columns(tmp_path, results_of):

@@ -1,0 +1,183 @@
+"""Scores of an image as detectors of attacks, against one that knows nothing of them and one that evades them.
+
+A detector that tells plain attacks from clean images says little: an attacker who knows it lowers its score as well
+(Tramer et al. 2020, arXiv 2002.08347). Both figures stand side by side, the second for the worst of a sweep of weights
+kappa of the score in what is raised.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks.evade import SCORES, Said, evade, listen
+from attacks.search import scores
+from attacks.threat import Threat, seed_of
+from evaluation.formats import aligned, percent
+from evaluation.plan import Scene, Setup
+from evaluation.targets import ROUTED, Target, exact_float32, under_attack
+from metrics.detection import auroc, counts_by_score, fpr_at_tpr
+
+KAPPAS = (1.0, 10.0, 100.0)
+STEPS = 20
+WORTH = 0.5  # share of the accuracy that a plain attack takes which an evasive one has to take to count
+DETECTION_COLUMNS = ("model", "eps", "score", "kappa", "clean", "attacked", "auroc", "fpr95", "n_images")
+
+
+def disagreement(said: Said) -> Tensor:
+    """Share of the pixels where not all experts say the same, [B]."""
+    answers = said.expert_logits.argmax(dim=2)
+    return _share((answers != answers[:, :1]).any(dim=1))
+
+
+def contradiction(said: Said) -> Tensor:
+    """Share of the pixels where all experts say the same, and the network something else, [B]."""
+    answers = said.expert_logits.argmax(dim=2)
+    agree = (answers == answers[:, :1]).all(dim=1)
+    return _share(agree & (said.logits.argmax(dim=1) != answers[:, 0]))
+
+
+# What is measured; what an attacker lowers in its place are the smooth ones of the same names in attacks.evade.
+DETECTORS: dict[str, Callable[[Said], Tensor]] = {
+    **SCORES,
+    "disagreement": disagreement,
+    "contradiction": contradiction,
+}
+
+
+def scores_of(target: Target) -> list[str]:
+    """Those that its kind has."""
+    if target.kind in ROUTED:
+        return list(DETECTORS)
+    return [
+        name
+        for name in DETECTORS
+        if name == "entropy" or target.kind == "ensemble" and name != "gate_entropy"
+    ]
+
+
+def cost(target: Target, kappas: Sequence[float] = KAPPAS, steps: int = STEPS) -> int:
+    """Passes per image of `detection_rows` at one eps."""
+    attacks = 1 + len(scores_of(target)) * len(kappas)
+    return 1 + attacks * (steps + 2)
+
+
+def detection_rows(
+    target: Target,
+    scenes: Iterable[Scene],
+    setup: Setup,
+    eps: float,
+    *,
+    kappas: Sequence[float] = KAPPAS,
+    steps: int = STEPS,
+    device: torch.device | str = "cpu",
+) -> list[dict]:
+    """A row for each score and each kappa, 0 (an attacker who knows of no detector) first, in the columns of
+    DETECTION_COLUMNS: accuracy clean and attacked, AUROC and FPR at 95 % TPR of the score, on n_images clean images
+    against as many attacked ones."""
+    names, device = scores_of(target), torch.device(device)
+    trials = [(name, kappa) for name in names for kappa in kappas]
+    before: dict[str, list] = {name: [] for name in names}
+    after: dict[tuple, list] = {(name, kappa): [] for name in names for kappa in (0.0, *kappas)}
+    right: dict[tuple | None, int] = dict.fromkeys((None, *after), 0)
+    valid = 0
+    for scene in scenes:
+        images, labels = scene.images.to(device), scene.labels.to(device)
+        seeds = tuple(seed_of(setup.seed, name, "detectors") for name in scene.names)
+        threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
+        valid += int((labels != setup.ignore_index).sum())
+
+        def measured(points: Tensor, wanted: Sequence[str], labels=labels, threat=threat) -> tuple[dict, int]:
+            with torch.no_grad():
+                said = listen(target.model, points)
+                found = {name: DETECTORS[name](said).tolist() for name in wanted}
+            return found, int(scores(said.logits, labels.long(), threat.ignore_index)[0].sum())
+
+        with under_attack(target.model), exact_float32(device):
+            found, right_here = measured(images, names)
+            right[None] += right_here
+            for name in names:
+                before[name] += found[name]
+            plain = evade(target.model, images, labels, threat, kappa=0.0, steps=steps)
+            found, right_here = measured(plain.images, names)
+            for name in names:
+                after[name, 0.0] += found[name]
+                right[name, 0.0] += right_here
+            for name, kappa in trials:
+                evasive = evade(target.model, images, labels, threat, score=name, kappa=kappa, steps=steps)
+                found, right_here = measured(evasive.images, [name])
+                after[name, kappa] += found[name]
+                right[name, kappa] += right_here
+    rows = []
+    for (name, kappa), values in after.items():
+        counts = counts_by_score(np.array(before[name]), np.array(values))
+        rows.append(
+            {
+                "model": target.name,
+                "eps": eps,
+                "score": name,
+                "kappa": kappa,
+                "clean": right[None] / max(valid, 1),
+                "attacked": right[name, kappa] / max(valid, 1),
+                "auroc": float(auroc(counts)),
+                "fpr95": fpr_at_tpr(counts),
+                "n_images": len(values),
+            }
+        )
+    return rows
+
+
+def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
+    """Per model, eps and score: the row of kappa 0, and the one with the lowest AUROC among those whose attack takes
+    at least WORTH of the accuracy that the plain one takes: {"plain": row, "adaptive": row}."""
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault((row["model"], row["eps"], row["score"]), []).append(row)
+    found = []
+    for own in groups.values():
+        plain = next(row for row in own if row["kappa"] == 0)
+        taken = plain["clean"] - plain["attacked"]
+        worth = [row for row in own if row["clean"] - row["attacked"] >= WORTH * taken]
+        adaptive = min(worth, key=lambda row: math.inf if math.isnan(row["auroc"]) else row["auroc"])
+        found.append({"plain": plain, "adaptive": adaptive})
+    return found
+
+
+def detection_lines(rows: Sequence[Mapping]) -> list[str]:
+    """A table for people: each detector against both attackers."""
+    head = [
+        "model",
+        "eps",
+        "score",
+        "images",
+        "AUROC",
+        "FPR95",
+        "adaptive AUROC",
+        "FPR95",
+        "kappa",
+        "accuracy",
+    ]
+    lines = [head]
+    for pair in side_by_side(rows):
+        plain, adaptive = pair["plain"], pair["adaptive"]
+        lines.append(
+            [
+                plain["model"],
+                f"{plain['eps'] * 255:.4g}/255",
+                plain["score"],
+                f"{plain['n_images']} + {plain['n_images']}",
+                f"{plain['auroc']:.3f}",
+                percent(plain["fpr95"]),
+                f"{adaptive['auroc']:.3f}",
+                percent(adaptive["fpr95"]),
+                f"{adaptive['kappa']:g}",
+                f"{percent(plain['clean'])} > {percent(plain['attacked'])} > {percent(adaptive['attacked'])}",
+            ]
+        )
+    return aligned(lines, left=3)
+
+
+def _share(pixels: Tensor) -> Tensor:
+    return pixels.flatten(1).double().mean(dim=1)

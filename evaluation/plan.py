@@ -1,0 +1,140 @@
+"""What a robust evaluation consists of: the manifest of its ledger, and the units of work that follow from it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engine.config import UserError
+from evaluation.adversarials import Kept
+from evaluation.formats import aligned, number
+from evaluation.ledger import digest, plain
+from evaluation.suites import CLEAN, Member
+from evaluation.targets import Target
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A fixed batch of B images: float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W], and of each image its
+    name and the block of neighbours that the bootstrap draws as one."""
+
+    images: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+    blocks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How targets are attacked. about: what else must be told beside a figure (data set, split, sizes)."""
+
+    classes: tuple[str, ...]
+    eps: tuple[float, ...]
+    suite: str = "quick"
+    norm: Literal["linf", "l2"] = "linf"
+    seed: int = 0
+    ignore_index: int = 255
+    subset: str = "all"
+    adversarials: Kept = "none"
+    about: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if not self.eps or min(self.eps) <= 0 or len(set(self.eps)) < len(self.eps):
+            raise UserError(f"eps: {list(self.eps)} is wrong; expected numbers above 0, each only once")
+        if self.norm not in ("linf", "l2"):
+            raise UserError(f"norm: {self.norm!r} is unknown; allowed: linf, l2")
+
+    def protocol(self, device: torch.device, threads: int) -> dict:
+        """All that the records of every target depend on."""
+        return {
+            **self.about,
+            "classes": list(self.classes),
+            "norm": self.norm,
+            "seed": self.seed,
+            "ignore_index": self.ignore_index,
+            "adversarials": self.adversarials,
+            "precision": "float32",
+            "device": device.type,
+            "threads": threads,
+            "torch": torch.__version__,
+        }
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch of images of a target under a member of the suite at one eps; name: a digest of all that its
+    records depend on."""
+
+    name: str
+    batch: int
+    target: str
+    eps: float
+    member: str
+    column: str
+    images: tuple[str, ...]
+
+
+def manifest_of(
+    setup: Setup,
+    protocol: Mapping,
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    images: Sequence[Mapping],
+) -> dict:
+    """What stands at the head of a ledger. images: name, sha256, block, batch and labelled pixels of each."""
+    return plain(
+        {
+            "protocol": protocol,
+            "suite": "custom" if setup.suite == "none" else setup.suite,
+            "subset": setup.subset,
+            "eps": sorted(setup.eps),
+            "targets": [
+                {
+                    "name": one.name,
+                    "role": one.role,
+                    "identity": one.identity,
+                    "members": [member.about for member in members[one.name]],
+                }
+                for one in targets
+            ],
+            "images": list(images),
+        }
+    )
+
+
+def units_of(manifest: Mapping) -> Iterator[Unit]:
+    """Every unit of an evaluation in the order in which they are done: batch by batch, target by target, the clean
+    images first, then eps ascending, member by member."""
+    batches: dict[int, list[Mapping]] = {}
+    for image in manifest["images"]:
+        batches.setdefault(image["batch"], []).append(image)
+    for batch, images in batches.items():
+        names = tuple(image["name"] for image in images)
+        content = [(image["name"], image["sha256"]) for image in images]
+        for target in manifest["targets"]:
+            steps = [(0.0, CLEAN.about)]
+            steps += [(eps, member) for eps in manifest["eps"] for member in target["members"]]
+            for eps, member in steps:
+                key = (manifest["protocol"], target["name"], target["identity"])
+                name = digest([*key, member["attack"], member["version"], eps, content])
+                yield Unit(name, batch, target["name"], eps, member["name"], member["column"], names)
+
+
+def cost_table(manifest: Mapping) -> list[str]:
+    """What every target costs, in passes per image, for one eps and for all; the sum for all images last.
+
+    A pass is one forward pass, mostly with a backward pass; of a target with E networks it is E network passes.
+    """
+    ladder, count = len(manifest["eps"]), len(manifest["images"])
+    lines = [["target", "kind", "members", "passes per image", f"at {ladder} eps", "network passes"]]
+    whole = 0
+    for target in manifest["targets"]:
+        passes = sum(member["forwards"] for member in target["members"])
+        experts = target["identity"]["num_experts"]
+        total = 1 + passes * ladder
+        whole += total * experts * count
+        sizes = [number(size) for size in (len(target["members"]), passes, total, total * experts)]
+        lines.append([target["name"], target["identity"]["kind"], *sizes])
+    return [*aligned(lines, left=2), f"{count} images: at most {number(whole)} network passes"]

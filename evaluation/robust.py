@@ -1,0 +1,315 @@
+"""Runs attacks on fixed batches and writes what they did into the ledger; the tables are made from there.
+
+Every process takes the batches whose index is its RANK modulo WORLD_SIZE (torchrun sets both); they meet in the
+ledger's folder only. Scores are of the unmodified model in float32, run again on the images that an attack gave.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from attacks.evade import experts_alone
+from attacks.quantise import quantised
+from attacks.routed import look_inside
+from attacks.search import Found, scores
+from attacks.threat import Threat, check_inside, refuse_bad_images, seed_of
+from engine.config import UserError
+from evaluation.adversarials import save_adversarials
+from evaluation.formats import number
+from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest
+from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
+from evaluation.suites import CLEAN, Member
+from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
+from metrics.confusion import confusion
+
+TRACE = 8  # values of an attack's loss that are recorded, from the first to the last
+LAST = 10  # values at the end that tell whether it had settled (Pintor et al. 2022, arXiv 2106.09947)
+
+Log = Callable[[str], None]
+
+
+def shard() -> tuple[int, int]:
+    """(RANK, WORLD_SIZE) of this process as torchrun sets them; (0, 1) elsewhere."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not 0 <= rank < world:
+        raise UserError(f"RANK {rank} of WORLD_SIZE {world}: there is no such process")
+    return rank, world
+
+
+def attack_all(
+    folder: str | Path,
+    scenes: Iterable[Scene],
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    *,
+    device: torch.device | str = "cpu",
+    replace: bool = False,
+    log: Log = print,
+) -> bool:
+    """Does every unit of work of this process that the ledger in `folder` lacks; whether it is complete then, other
+    processes' work included: who sees that writes the tables.
+
+    scenes: the same fixed batches each time they are gone through, which happens twice. members: those of each
+    target, by its name. replace: see Ledger.
+    """
+    device, (rank, world) = torch.device(device), shard()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of(folder) or before)  # logits depend on it
+    try:
+        protocol = setup.protocol(device, torch.get_num_threads())
+        images = [about for index, scene in enumerate(scenes) for about in images_of(scene, index, setup)]
+        manifest = manifest_of(setup, protocol, targets, members, images)
+        units = list(units_of(manifest))
+        with Ledger(folder, manifest, rank=rank, replace=replace) as ledger:
+            todo = [unit for unit in units if unit.name not in ledger and unit.batch % world == rank]
+            for line in cost_table(manifest) if rank == 0 else ():
+                log(line)
+            log(f"ledger {folder}: {len(units)} units of work, {len(todo)} to do here")
+            work(ledger, scenes, targets, members, setup, todo, device, log)
+            ledger.refresh()
+            complete = all(unit.name in ledger for unit in units)
+            if complete:
+                records = ledger.records(unit.name for unit in units)
+                log(f"ledger {folder}: complete, {number(passes_of(records))} network passes")
+            return complete
+    finally:
+        torch.set_num_threads(before)
+
+
+def work(
+    ledger: Ledger,
+    scenes: Iterable[Scene],
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    todo: Sequence[Unit],
+    device: torch.device,
+    log: Log,
+) -> None:
+    """Does the units in `todo`, in order, each written to the ledger before the next begins."""
+    by_batch: dict[int, dict[str, list[Unit]]] = {}
+    for unit in todo:
+        by_batch.setdefault(unit.batch, {}).setdefault(unit.target, []).append(unit)
+    attacks = {name: {member.name: member for member in (CLEAN, *own)} for name, own in members.items()}
+    weight = {
+        unit.name: attacks[unit.target][unit.member].forwards * target.num_experts * len(unit.images)
+        for target in targets
+        for unit in todo
+        if unit.target == target.name
+    }
+    started, rest = time.monotonic(), sum(weight.values())
+    for index, scene in enumerate(scenes):
+        done = 0
+        for target in targets:
+            own = by_batch.get(index, {}).get(target.name, ())
+            if not own:
+                continue
+            with under_attack(target.model), exact_float32(device):
+                bench = Bench(target, scene, setup, device)
+                for unit in own:
+                    begun = time.monotonic()
+                    records, points = bench.run(attacks[target.name][unit.member], unit.eps)
+                    if setup.adversarials != "none":
+                        path = ledger.folder / "adversarials" / f"{unit.name}.npz"
+                        save_adversarials(path, points, setup.adversarials)
+                    ledger.add(unit.name, records, round(time.monotonic() - begun, 3))
+                    done += weight[unit.name]
+        if done:
+            seconds, rest = time.monotonic() - started, rest - done
+            spent = sum(weight.values()) - rest
+            log(
+                f"batch {index}: {number(spent)} network passes in {duration(seconds)}"
+                + (f", about {duration(seconds / spent * rest)} to go" if rest else "")
+            )
+
+
+class Bench:
+    """A target and a batch of images: attacks it and says what came of it."""
+
+    def __init__(self, target: Target, scene: Scene, setup: Setup, device: torch.device):
+        self.target, self.scene, self.setup = target, scene, setup
+        self.images, self.labels = scene.images.to(device), scene.labels.to(device)
+        weights = None if target.class_pixels is None else class_weights(target.class_pixels).to(device)
+        self.threat = Threat(0.0, setup.norm, setup.ignore_index, class_weights=weights)
+        self._clean_route: Tensor | None = None
+
+    def run(self, member: Member, eps: float) -> tuple[list[Record], dict[str, Tensor]]:
+        """(a record per incumbent and image, the images by incumbent) of one attack. What all records of the ledger
+        share, and what the unit's name stands for, is in the manifest."""
+        attack = canonical(member.attack.plain())
+        seeds = tuple(seed_of(self.setup.seed, name, attack) for name in self.scene.names)
+        threat = Threat(
+            eps, self.setup.norm, self.setup.ignore_index, seeds, class_weights=self.threat.class_weights
+        )
+        found = member.attack.build(self.target.model, self.images, self.labels, threat)
+        points = {"pixels": found.images, "balanced": found.balanced}
+        if self.setup.adversarials == "uint8":
+            points = {name: quantised(one, self.images, threat) for name, one in points.items()}
+        shared = self._of_attack(member, eps, found)
+        records = []
+        for incumbent in INCUMBENTS:
+            check_inside(points[incumbent], self.images, threat)
+            own = self._of_points(points[incumbent])
+            for place, name in enumerate(self.scene.names):
+                about = {"image": name, "incumbent": incumbent}
+                about |= {key: values[place] for key, values in shared.items()}
+                records.append(about | {key: values[place] for key, values in own.items()})
+        return records, points
+
+    def _of_attack(self, member: Member, eps: float, found: Found) -> dict[str, list]:
+        """What holds for both incumbents: values per image."""
+        count = len(self.scene.names)
+        kept = trace_places(len(found.losses))
+        return {
+            "target": [self.target.name] * count,
+            "source": [self.target.name] * count,  # a white-box attack
+            "attack": [member.name] * count,
+            "settings": [member.about["attack"]] * count,
+            "version": [member.version] * count,
+            "eps": [eps] * count,
+            "norm": [self.setup.norm] * count,
+            "seed": [self.setup.seed] * count,
+            "forwards": [found.forwards] * count,
+            "backwards": [found.backwards] * count,
+            "network_passes": [found.forwards * self.target.num_experts] * count,
+            "zero_gradients": found.zero_gradients.tolist(),
+            "bad_gradients": found.bad_gradients.tolist(),
+            "claimed_correct": found.correct.tolist(),
+            "losses": [
+                [finite(value) for value in trace]
+                for trace in found.losses[kept].T.reshape(count, len(kept)).tolist()
+            ],
+            "unsettled": unsettled(found.losses),
+        }
+
+    def _of_points(self, points: Tensor) -> dict[str, list]:
+        """What the unmodified model says of the points, values per image: counts, change, routing."""
+        with torch.no_grad():
+            logits = self.target.model(points)
+            routing = self._routing(points) if self.target.kind in ROUTED else {}
+        if logits.dtype != torch.float32:
+            raise UserError(
+                f"target {self.target.name}: its logits are {logits.dtype}; robustness needs float32"
+            )
+        counts = confusion(logits.argmax(dim=1), self.labels, logits.shape[1], self.setup.ignore_index).cpu()
+        change = (points.double() - self.images.double()).flatten(1)
+        sound = torch.isfinite(logits.flatten(1)).all(dim=1)
+        return {
+            "cells": [sparse(one) for one in counts],
+            "valid": counts.sum(dim=(1, 2)).tolist(),
+            "linf": change.abs().amax(dim=1).tolist(),
+            "l2": torch.linalg.vector_norm(change, dim=1).tolist(),
+            "status": ["ok" if one else "logits not finite" for one in sound.tolist()],
+            **routing,
+        }
+
+    def _routing(self, points: Tensor) -> dict[str, list]:
+        """Of a routed model, per image: "weights" [S, E, K], means over the grid, "route" [S, K], the expert with
+        the largest one, "shares" [S, E, K] of softmax(gate logits), "flips", the share of routing places with another
+        best expert than on the clean image, "margin" and "least_margin", the mean and the least lead of the best gate
+        logit over the second, "entropy", the mean of softmax(gate logits), in nats, and "expert_right" [E], the right
+        pixels with all weight on one expert."""
+        seen = look_inside(self.target.model, points)
+        gate_logits = seen.gate_logits  # [S, B, E, K, h, w]
+        if self._clean_route is None:
+            self._clean_route = self.target.model.gate_logits(self.images).argmax(dim=2)
+        weights, shares = (
+            one.mean(dim=(-2, -1)).transpose(0, 1) for one in (seen.weights, gate_logits.softmax(dim=2))
+        )  # [B, S, E, K]
+        alone = [
+            scores(one, self.labels, self.setup.ignore_index)[0] for one in experts_alone(seen).unbind(1)
+        ]
+        flips = (
+            (gate_logits.argmax(dim=2) != self._clean_route).double().transpose(0, 1).flatten(1).mean(dim=1)
+        )
+        gap = torch.zeros_like(gate_logits[:, :, 0])
+        if gate_logits.shape[2] > 1:
+            best, second = gate_logits.topk(2, dim=2).values.unbind(2)
+            gap = best - second
+        gap = gap.transpose(0, 1).flatten(1)
+        entropy = -(gate_logits.log_softmax(dim=2) * gate_logits.softmax(dim=2)).sum(dim=2)
+        return {
+            "weights": rounded(weights.tolist()),
+            "shares": rounded(shares.tolist()),
+            "expert_right": torch.stack(alone, dim=1).tolist(),
+            "route": weights.argmax(dim=2).tolist(),
+            "flips": rounded(flips.tolist()),
+            "margin": rounded(gap.mean(dim=1).tolist()),
+            "least_margin": rounded(gap.amin(dim=1).tolist()),
+            "entropy": rounded(entropy.transpose(0, 1).flatten(1).mean(dim=1).tolist()),
+        }
+
+
+def images_of(scene: Scene, batch: int, setup: Setup) -> list[dict]:
+    """What the manifest says of each image. UserError for images that no attack takes."""
+    refuse_bad_images(scene.images)
+    found = []
+    for name, block, image, label in zip(scene.names, scene.blocks, scene.images, scene.labels, strict=True):
+        content = hashlib.sha256(image.cpu().contiguous().numpy())
+        content.update(label.cpu().contiguous().numpy())
+        counted = label[label != setup.ignore_index]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < len(setup.classes):
+            raise UserError(
+                f"image {name}: labels from {int(counted.min())} to {int(counted.max())}, allowed: "
+                f"0..{len(setup.classes) - 1} and {setup.ignore_index}"
+            )
+        found.append({"name": name, "sha256": content.hexdigest(), "block": block, "batch": batch})
+    return found
+
+
+def passes_of(records: Iterable[Record]) -> int:
+    """Network passes that were made for these records; those of an attack's two incumbents are the same ones."""
+    return sum(record["network_passes"] for record in records if record["incumbent"] == INCUMBENTS[0])
+
+
+def threads_of(folder: str | Path) -> int | None:
+    """Threads that the ledger in the folder was begun with."""
+    if not (Path(folder) / "manifest.json").exists():
+        return None
+    return read_manifest(folder)["protocol"]["threads"]
+
+
+def sparse(counts: Tensor) -> list[list[int]]:
+    """The cells of confusion counts [K, K] that are not 0: [truth, prediction, pixels] each."""
+    places = counts.nonzero()
+    return torch.cat([places, counts[counts != 0][:, None]], dim=1).tolist()
+
+
+def trace_places(steps: int) -> list[int]:
+    """Up to TRACE of `steps` places, the first and the last among them."""
+    if steps <= TRACE:
+        return list(range(steps))
+    return [round(place * (steps - 1) / (TRACE - 1)) for place in range(TRACE)]
+
+
+def unsettled(losses: Tensor) -> list[float | None]:
+    """Per image the range of the LAST of an attack's losses [T, B] in units of the range of all; None where there are
+    no more than LAST, or one isn't finite; 0 where all are the same."""
+    if len(losses) <= LAST:
+        return [None] * losses.shape[1]
+    last, whole = (one.amax(dim=0) - one.amin(dim=0) for one in (losses[-LAST:], losses))
+    return rounded((last / whole.clamp_min(1e-30)).tolist())
+
+
+def finite(value: float) -> float | None:
+    """The value to 6 digits, None for one that JSON has no number for."""
+    return float(f"{value:.6g}") if abs(value) < float("inf") else None
+
+
+def rounded(values):
+    """Nested lists of floats, each as `finite` gives it."""
+    return [rounded(value) for value in values] if isinstance(values, list) else finite(values)
+
+
+def duration(seconds: float) -> str:
+    """In words, for people."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,299 @@
+"""Tables of a robust evaluation, each a function of its ledger: the same records give the same bytes."""
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from engine.runs import atomic_write
+from evaluation.findings import (
+    FINDING_COLUMNS,
+    Finding,
+    Flags,
+    finding_lines,
+    finding_rows,
+    read_findings,
+)
+from evaluation.formats import aligned, csv_text, markdown_table, percent
+from evaluation.ledger import read_manifest, read_seconds, read_units
+from evaluation.plan import units_of
+from evaluation.record_checks import check_manifest
+from evaluation.results import FLOOR, KINDS
+from evaluation.robust_results import COLUMNS, RobustResults, Worst, within_floor
+from evaluation.statistics import FEWEST_UNITS, Estimate
+from evaluation.suites import CLEAN
+from evaluation.tables import RESULT_COLUMNS
+from evaluation.telemetry import COMPONENT_COLUMNS, TELEMETRY_COLUMNS, component_rows, telemetry_rows
+
+TITLES = {"miou": "mIoU", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images"}
+FINDINGS = "findings.json"
+WINNER_COLUMNS = ("model", "eps", "column", "figure", "image", "attack", "attack_eps", "incumbent")
+TIMING_COLUMNS = ("model", "eps", "attack", "seconds", "passes")
+
+
+def load_robust(ledger: str | Path) -> RobustResults:
+    """What a complete ledger says. UserError where there is none."""
+    return RobustResults(read_manifest(ledger), read_units(ledger))
+
+
+def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
+    """Writes the tables of a complete ledger, robustness.csv last. findings.json in the folder, what checks of the
+    networks found, is told beside what those of the records find."""
+    manifest, units = read_manifest(ledger), read_units(ledger)
+    results, found = RobustResults(manifest, units), check_manifest(manifest, units)
+    if (Path(folder) / FINDINGS).exists():
+        found += read_findings(Path(folder) / FINDINGS)
+    records = [record for unit in units_of(manifest) for record in units[unit.name]]
+    kinds = {name: target["identity"]["kind"] for name, target in results.targets.items()}
+    experts = {name: list(target["identity"].get("experts", ())) for name, target in results.targets.items()}
+    rows = robust_rows(results)
+    files = {
+        "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(found)),
+        "telemetry.csv": csv_text(
+            TELEMETRY_COLUMNS, telemetry_rows(records, kinds, experts, results.classes)
+        ),
+        "components.csv": csv_text(COMPONENT_COLUMNS, component_rows(records, kinds, experts)),
+        "winners.csv": csv_text(WINNER_COLUMNS, winner_rows(results)),
+        "timing.csv": csv_text(TIMING_COLUMNS, timing_rows(results, read_seconds(ledger))),
+        "robustness.md": robust_markdown(results, found),
+        "robustness.csv": csv_text(RESULT_COLUMNS, rows),
+    }
+    for name, text in files.items():
+        atomic_write(Path(folder) / name, text.encode())
+    return results
+
+
+def add_to_results(path: str | Path, robust: str | Path) -> None:
+    """Puts the rows of a robustness.csv behind the other rows of a results.csv, in place of earlier ones."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if not row["suite"]]
+    with open(robust, newline="", encoding="utf-8") as file:
+        rows += csv.DictReader(file)
+    atomic_write(path, csv_text(RESULT_COLUMNS, rows).encode())
+
+
+def robust_rows(results: RobustResults) -> list[dict]:
+    """One row per figure in the columns of results.csv: clean, each attack, worst cases, floor, differences."""
+    manifest = results.manifest
+    base = {
+        "subset": manifest["subset"],
+        "suite": manifest["suite"],
+        "n_images": len(results.images),
+        "units": results.resamples.units,
+    }
+    rows = []
+
+    def add(model: str, kind: str, attack: str, eps: float, found: Mapping[str, Estimate], **more) -> None:
+        for name, estimate in found.items():
+            low, high = estimate.interval()
+            own = {"model": model, "kind": kind, "attack": attack, "eps": eps, "metric": name}
+            rows.append({**base, **own, "value": estimate.value, "ci_low": low, "ci_high": high, **more})
+
+    for model, target in results.targets.items():
+        role = target["role"]
+        add(model, role, CLEAN.name, 0.0, results.clean(model))
+        for eps in results.ladder:
+            for member in results.members(model):
+                passes = results.passes(model, eps, [member])
+                add(model, role, member, eps, results.single(model, eps, member), passes_per_image=passes)
+            for column in COLUMNS:
+                worst, attack = results.worst(model, eps, column), f"worst of {column}"
+                passes = results.passes(model, eps, results.members(model, column))
+                add(model, role, attack, eps, worst.figures, passes_per_image=passes)
+                own = {"model": model, "kind": role, "attack": attack, "eps": eps}
+                bound = {"metric": "miou_search_bound", "value": worst.bracket.lower}
+                rows.append({**base, **own, **bound, "passes_per_image": passes})
+    for name, value in results.floor().items():
+        rows.append({**base, "model": FLOOR, "kind": "floor", "metric": name, "value": value})
+    for eps in results.ladder:
+        for column in COLUMNS:
+            for (gate, ensemble), found in results.differences(eps, column).items():
+                add(f"{gate} - {ensemble}", "difference", f"worst of {column}", eps, found)
+    return rows
+
+
+def winner_rows(results: RobustResults) -> Iterable[dict]:
+    """Which attack won on which image in each worst case."""
+    for model in results.targets:
+        for eps in results.ladder:
+            for column in COLUMNS:
+                worst = results.worst(model, eps, column)
+                for figure, selection in (("aacc", worst.accuracy), ("miou", worst.iou)):
+                    for image, place in zip(results.images, selection.tolist(), strict=True):
+                        won = worst.candidates[place]
+                        yield {
+                            "model": model,
+                            "eps": eps,
+                            "column": column,
+                            "figure": figure,
+                            "image": image,
+                            "attack": won.attack,
+                            "attack_eps": won.eps,
+                            "incumbent": won.incumbent,
+                        }
+
+
+def timing_rows(results: RobustResults, seconds: Mapping[str, float]) -> Iterable[dict]:
+    """Seconds of every attack over all images; passes per image as counted."""
+    whole: Counter = Counter()
+    for unit, key in results.seconds_of.items():
+        whole[key] += seconds.get(unit, 0.0)
+    for (model, eps, member), spent in whole.items():
+        passes = results.passes(model, eps, [member])
+        yield {"model": model, "eps": eps, "attack": member, "seconds": round(spent, 3), "passes": passes}
+
+
+def robust_markdown(results: RobustResults, found: Sequence[Finding] = ()) -> str:
+    """Everything that a reader needs, in percent. found: flags among them are marked in the tables."""
+    flags = Flags(found)
+    lines = ["# Robustness", "", *(f"- {line}" for line in header_lines(results))]
+    for eps in results.ladder:
+        lines += ["", f"## eps {eps_text(eps)}: worst case", "", *worst_table(results, eps, flags)]
+        lines += ["", *difference_lines(results, eps)]
+    for eps in results.ladder:
+        lines += ["", f"## eps {eps_text(eps)}: single attacks, mIoU / aAcc", "", *single_table(results, eps)]
+        lines += ["", f"Images won, by accuracy, at eps {eps_text(eps)}:", ""]
+        lines += [f"- {line}" for line in won_lines(results, eps)]
+    if found:
+        lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(found))]
+    names = ", ".join(results.images)
+    return "\n".join([*lines, "", "## Images", "", names]) + "\n"
+
+
+def robust_summary(results: RobustResults) -> list[str]:
+    """For a terminal: mIoU of every model on the clean images and in the adaptive worst case at each eps."""
+    lines = [["mIoU in %", "clean", *(f"eps {eps_text(eps)}" for eps in results.ladder)]]
+    for model in ordered(results):
+        found = [results.worst(model, eps, "adaptive").figures["miou"] for eps in results.ladder]
+        lines.append([model, *(percent(one.value) for one in (results.clean(model)["miou"], *found))])
+    floor = percent(results.floor()["miou"])
+    return aligned([*lines, [FLOOR, *[floor] * (1 + len(results.ladder))]], left=1)
+
+
+def header_lines(results: RobustResults) -> list[str]:
+    """What has to be told beside the figures."""
+    protocol, manifest = results.protocol, results.manifest
+    about = ", ".join(
+        f"{key.replace('_', ' ')} {value if not isinstance(value, list) else ' x '.join(map(str, value))}"
+        for key, value in protocol.items()
+        if key not in ("classes", "ignore_index") and value != "none"
+    )
+    units = results.resamples.units
+    interval = f"95 % bootstrap over {units} blocks of images"
+    if units < FEWEST_UNITS:
+        interval = f"none, as there are {units} blocks of images and {FEWEST_UNITS} are needed"
+    return [
+        f"Suite {manifest['suite']} on {len(results.images)} images of {manifest['subset']}; {about}.",
+        f"mIoU over the {len(results.counted)} classes with ground truth in these images, of {len(results.classes)}; "
+        f"figures in percent; intervals: {interval}.",
+        "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that "
+        "know the gate, the members of the ensemble, or (single networks) as many restarts. Both hold for the "
+        "attacks that were run, and for no others.",
+        "bound: no choice of one recorded attack per image has a lower mIoU; it says nothing of other attacks.",
+        f"A figure marked * is within its interval of the floor ({FLOOR}): there nothing can be compared. "
+        "A model marked !1 has a flag raised against its figures: see Checks.",
+    ]
+
+
+def worst_table(results: RobustResults, eps: float, flags: Flags) -> list[str]:
+    floor = results.floor()
+    titles = ["model", "kind", "passes"]
+    for name in ("miou", "aacc", "aacc_image_mean"):
+        titles += [f"{TITLES[name]} clean", "common", "adaptive"] + ["bound"] * (name == "miou")
+    lines = []
+    for model in ordered(results):
+        clean, found = results.clean(model), [results.worst(model, eps, column) for column in COLUMNS]
+        passes = [results.passes(model, eps, results.members(model, column)) for column in COLUMNS]
+        line = [
+            model + flags.mark(model, eps),
+            results.targets[model]["role"],
+            " / ".join(f"{count:g}" for count in passes),
+        ]
+        for name in ("miou", "aacc", "aacc_image_mean"):
+            line += [percent(clean[name].value), *(with_interval(one, name, floor) for one in found)]
+            line += [percent(found[-1].bracket.lower)] * (name == "miou")
+        lines.append(line)
+    last = [FLOOR, "floor", "-"]
+    for name in ("miou", "aacc", "aacc_image_mean"):
+        last += [percent(floor[name]), "-", "-"] + ["-"] * (name == "miou")
+    return markdown_table(titles, [*lines, last], left=2)
+
+
+def with_interval(worst: Worst, name: str, floor: Mapping[str, float]) -> str:
+    estimate = worst.figures[name]
+    low, high = estimate.interval()
+    text = percent(estimate.value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+    return text + " *" * within_floor(estimate, floor[name])
+
+
+def single_table(results: RobustResults, eps: float) -> list[str]:
+    """mIoU / aAcc of every model under every attack; a dash where it is not among the model's attacks."""
+    columns = dict.fromkeys(member for model in results.targets for member in results.members(model))
+    lines = []
+    for model in ordered(results):
+        cells = []
+        for member in columns:
+            if member not in results.members(model):
+                cells.append("-")
+                continue
+            found = results.single(model, eps, member)
+            cells.append(f"{percent(found['miou'].value)} / {percent(found['aacc'].value)}")
+        lines.append([model, *cells])
+    return markdown_table(["model", *columns], lines, left=1)
+
+
+def won_lines(results: RobustResults, eps: float) -> Iterable[str]:
+    for model in ordered(results):
+        worst = results.worst(model, eps, "adaptive")
+        won = [worst.candidates[place] for place in worst.accuracy.tolist()]
+        counts = Counter(
+            one.attack + ("" if one.eps in (0.0, eps) else f" at {eps_text(one.eps)}") for one in won
+        )
+        yield f"{model}: " + ", ".join(f"{name} {count}" for name, count in counts.most_common())
+
+
+def difference_lines(results: RobustResults, eps: float) -> list[str]:
+    """The gate with the highest adaptive worst case against each ensemble, and what that says."""
+    differences = results.differences(eps, "adaptive")
+    if not differences:
+        return []
+    floor, lines = results.floor(), []
+    for name in ("miou", "aacc"):
+        values = {
+            model: results.worst(model, eps, "adaptive").figures[name]
+            for model in (*results.of_role("gate"), *results.of_role("ensemble"))
+        }
+        best = max(results.of_role("gate"), key=lambda gate: values[gate].value)
+        for ensemble in results.of_role("ensemble"):
+            gap = differences[best, ensemble][name]
+            low, high = gap.interval()
+            at_floor = all(within_floor(values[model], floor[name]) for model in (best, ensemble))
+            shown = f"{TITLES[name]}, adaptive: {best} - {ensemble} = {percent(gap.value)}"
+            shown += "" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]"
+            lines.append(f"- {shown}: {verdict(low, high, at_floor)}.")
+    chosen = len(results.of_role("gate")) > 1
+    return [*lines, *["", "The gate is the best of several on these very images, which favours it."] * chosen]
+
+
+def verdict(low: float, high: float, at_floor: bool) -> str:
+    """What a paired difference with this interval says."""
+    if at_floor:
+        return "both are at the floor, nothing can be said"
+    if math.isnan(low):
+        return "too few blocks of images to tell"
+    if low > 0:
+        return "the gate is more robust on data like these"
+    return "the gate is less robust on data like these" if high < 0 else "these data can't tell"
+
+
+def ordered(results: RobustResults) -> Sequence[str]:
+    """Models by the kind of their row, as other tables have them."""
+    order = {kind: place for place, kind in enumerate(KINDS)}
+    return sorted(results.targets, key=lambda name: order.get(results.targets[name]["role"], -1))
+
+
+def eps_text(eps: float) -> str:
+    """As a fraction of 255 where it is one of two decimals."""
+    levels = eps * 255
+    return f"{levels:.4g}/255" if abs(levels * 100 - round(levels * 100)) < 1e-6 else f"{eps:.4g}"

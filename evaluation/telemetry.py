@@ -1,0 +1,153 @@
+"""What attacks did to gates and their experts, as a function of the ledger's records: telemetry and components."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from evaluation.ledger import Record
+from evaluation.record_checks import Bout, bouts, right_pixels
+from evaluation.targets import ROUTED, Kind
+from metrics.gate import effective_experts
+
+TELEMETRY_COLUMNS = (
+    "model", "eps", "attack", "figure", "expert", "class", "clean", "attacked", "n_images",
+)  # fmt: skip
+COMPONENT_COLUMNS = ("model", "eps", "part", "value", "n_images")
+SMALLEST = (
+    1e-6  # a share below counts as this in KL: that of an expert which has nothing is infinite otherwise
+)
+
+# key of a record -> name of the figure, its mean over the images
+PER_IMAGE = {
+    "flips": "route flip rate",  # share of sites, classes and places with another best expert than on the clean image
+    "margin": "gate margin",  # lead of the best gate logit over the second
+    "least_margin": "least gate margin",
+    "entropy": "gate entropy",  # in nats, of softmax(gate logits)
+}
+
+
+def telemetry_rows(
+    records: Iterable[Record],
+    kinds: Mapping[str, Kind],
+    experts: Mapping[str, Sequence[str]] | None = None,
+    classes: Sequence[str] = (),
+) -> Iterator[dict]:
+    """Rows of telemetry.csv: per routed target, eps and attack a figure on the clean images and on those of the
+    attack, in the columns of TELEMETRY_COLUMNS. experts: names of each target's; numbers where there are none."""
+    for bout in bouts(records, kinds, {}):
+        if bout.eps == 0 or bout.kind not in ROUTED:
+            continue
+        for name, own in bout.attacks.items():
+            images = [image for image in bout.clean if image in own]
+            clean, attacked = [bout.clean[image] for image in images], [own[image] for image in images]
+            head = {"model": bout.target, "eps": bout.eps, "attack": name, "n_images": len(images)}
+            names = (experts or {}).get(bout.target)
+            for row in figures(clean, attacked, names, classes):
+                yield {**head, **row}
+
+
+def figures(
+    clean: Sequence[Record], attacked: Sequence[Record], experts: Sequence[str] | None, classes: Sequence[str]
+) -> Iterator[dict]:
+    """Every figure of the same images before and after an attack."""
+
+    def row(figure: str, before: float, after: float, **more) -> dict:
+        return {"figure": figure, "clean": float(before), "attacked": float(after), **more}
+
+    def both(value: Callable[[Sequence[Record]], float]) -> tuple[float, float]:
+        return value(clean), value(attacked)
+
+    for key, name in PER_IMAGE.items():
+        yield row(name, *both(lambda records, key=key: np.mean([one[key] for one in records])))
+    yield row("images with a flip", *both(lambda records: np.mean([one["flips"] > 0 for one in records])))
+    before, after = (np.array([one["weights"] for one in records], float) for records in (clean, attacked))
+    shares = [
+        np.array([one.get("shares", one["weights"]) for one in records], float)
+        for records in (clean, attacked)
+    ]
+    yield row("KL(clean || attacked)", 0.0, kl(*shares).mean())
+    loads = [weights.mean(axis=(0, 1, 3)) for weights in (before, after)]  # [N, S, E, K] -> [E]
+    yield row("load shift", 0.0, np.abs(loads[1] - loads[0]).sum() / 2)
+    yield row("largest load", *(load.max() for load in loads))
+    yield row("effective experts", *(effective_experts(load[:, None])[0] for load in loads))
+    experts = experts or [str(place) for place in range(len(loads[0]))]
+    for place, expert in enumerate(experts):
+        yield row("load", *(load[place] for load in loads), expert=expert)
+    if before.shape[3] == 1:
+        return
+    for place, expert in enumerate(experts):
+        for index in range(before.shape[3]):
+            weight = (weights[:, :, place, index].mean() for weights in (before, after))
+            yield row(
+                "weight", *weight, expert=expert, **{"class": classes[index] if classes else str(index)}
+            )
+
+
+def kl(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Kullback-Leibler divergence in nats of shares [N, S, E, K] over the experts, mean over sites and classes, [N]."""
+    first, second = (np.maximum(one, SMALLEST) for one in (first, second))
+    first, second = (one / one.sum(axis=2, keepdims=True) for one in (first, second))
+    return (first * np.log(first / second)).sum(axis=2).mean(axis=(1, 2))
+
+
+def component_rows(
+    records: Iterable[Record], kinds: Mapping[str, Kind], experts: Mapping[str, Sequence[str]] | None = None
+) -> Iterator[dict]:
+    """The parts of each routed target at each eps, in the columns of COMPONENT_COLUMNS: accuracy clean and in the
+    worst case over all recorded attacks, of each of its experts attacked by itself (where these are targets of their
+    names, given by `experts`), of its router (see below), on the images whose route the worst case changed and on the
+    others, and of the best and worst single expert on those very images.
+
+    The route of an image that no attack changed is undecided: other attacks may change it."""
+    whole = list(bouts(records, kinds, {}))
+    alone = {(bout.target, bout.eps): bout for bout in whole}
+    for bout in whole:
+        if bout.eps == 0 or bout.kind not in ROUTED or not bout.attacks:
+            continue
+        worst = worst_records(bout)
+        flipped = [image for image, one in worst.items() if one["flips"] > 0]
+        kept = [image for image in worst if image not in flipped]
+        ever = {image for own in bout.attacks.values() for image, one in own.items() if one["flips"] > 0}
+        parts = [
+            ("clean", accuracy(bout.clean.values()), len(bout.clean)),
+            ("model", accuracy(worst.values()), len(worst)),
+        ]
+        for expert in (experts or {}).get(bout.target, ()):
+            if (expert, bout.eps) in alone:
+                own = worst_records(alone[expert, bout.eps])
+                parts.append((f"expert {expert}, attacked by itself", accuracy(own.values()), len(own)))
+        parts += [
+            ("route changed by some attack", len(ever) / len(worst), len(worst)),
+            ("route undecided: no attack changed it", 1 - len(ever) / len(worst), len(worst)),
+            ("model, route changed", accuracy(worst[image] for image in flipped), len(flipped)),
+            ("model, route not changed", accuracy(worst[image] for image in kept), len(kept)),
+        ]
+        if all("expert_right" in one for one in worst.values()):
+            for name, choose in (("best", max), ("worst", min)):
+                right = sum(choose(one["expert_right"]) for one in worst.values())
+                parts.append(
+                    (
+                        f"{name} single expert of each image, same images",
+                        share(right, worst.values()),
+                        len(worst),
+                    )
+                )
+        for part, value, count in parts:
+            yield {"model": bout.target, "eps": bout.eps, "part": part, "value": value, "n_images": count}
+
+
+def worst_records(bout: Bout) -> dict[str, Record]:
+    """Of each image the record with the fewest right pixels, the clean one where no attack is below it."""
+    cases = [bout.clean, *bout.attacks.values()]
+    return {image: min((case[image] for case in cases), key=right_pixels) for image in bout.clean}
+
+
+def accuracy(records: Iterable[Record]) -> float:
+    """Share of right pixels, all images pooled; NaN without any."""
+    records = list(records)
+    return share(sum(right_pixels(one) for one in records), records)
+
+
+def share(right: int, records: Iterable[Record]) -> float:
+    valid = sum(one["valid"] for one in records)
+    return right / valid if valid else float("nan")

@@ -1,0 +1,122 @@
+"""Transfer: adversarial images made for one target, shown to every other."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from attacks.threat import Threat
+from engine.config import Component, UserError
+from evaluation.formats import markdown_table, percent
+from evaluation.targets import Target, class_weights, exact_float32, under_attack
+from metrics.confusion import aacc, confusion, miou
+
+CLEAN = "clean"
+METRICS = ("aacc", "miou")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What each target says of the images that an attack made for each source.
+
+    sources: "clean" (the images themselves), then the names of the targets. counts: int64 [S, T, N, K, K], rows
+    truth, columns prediction. A source's own column is its white-box result, taken again from the images.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    counts: np.ndarray
+
+    def matrix(self, metric: str) -> np.ndarray:
+        """[S, T] in [0, 1]: aacc (pooled over the images), or miou over the classes with ground truth in them."""
+        pooled = self.counts.sum(axis=2)
+        return aacc(pooled) if metric == "aacc" else miou(pooled, "gt_only")
+
+    def rows(self) -> list[dict]:
+        """One row per figure: source, target, metric, value in [0, 1]."""
+        return [
+            {"source": source, "target": target, "metric": metric, "value": float(value)}
+            for metric in METRICS
+            for source, values in zip(self.sources, self.matrix(metric), strict=True)
+            for target, value in zip(self.targets, values, strict=True)
+        ]
+
+    def table(self, metric: str = "miou") -> list[str]:
+        """Lines of a Markdown table in percent: made for (rows), shown to (columns)."""
+        cells = [
+            [name, *map(percent, line)] for name, line in zip(self.sources, self.matrix(metric), strict=True)
+        ]
+        return markdown_table([f"made for \\ shown to, {metric}", *self.targets], cells, 1)
+
+    def stronger_than_white_box(self) -> list[tuple[str, str]]:
+        """(source, target) where images made for another target, or the clean ones, leave fewer pixels right than
+        those made for itself: a sign that its gradients are masked, or that the attack is too weak."""
+        figures = self.matrix("aacc")
+        return [
+            (source, target)
+            for row, source in enumerate(self.sources)
+            for column, target in enumerate(self.targets)
+            if figures[row, column] < figures[self.sources.index(target), column]
+        ]
+
+
+def transfer(
+    targets: Sequence[Target],
+    attack: Component,
+    batches: Iterable[tuple[Tensor, Tensor, Threat]],
+    num_classes: int,
+    incumbent: Literal["images", "balanced"] = "images",
+) -> Transfer:
+    """All pairs: the attack on each target, the images that it found shown to all of them.
+
+    batches: images float32 [B, 3, H, W] in [0, 1], labels [B, H, W], and the threat with a seed per image.
+    incumbent: which of `attacks.search.Found`: fewest right pixels, or lowest class-balanced accuracy.
+    """
+    names = tuple(target.name for target in targets)
+    if len({CLEAN, *names}) <= len(names):
+        raise UserError(
+            f"transfer: targets need their own names, none of them {CLEAN}; found {', '.join(names)}"
+        )
+    counts = []
+    with ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(under_attack(target.model))
+        for images, labels, threat in batches:
+            with exact_float32(images.device):
+                made = {CLEAN: images}
+                for target in targets:
+                    own = threat
+                    if target.class_pixels is not None:
+                        own = replace(
+                            threat, class_weights=class_weights(target.class_pixels).to(images.device)
+                        )
+                    found = attack.build(target.model, images, labels, own)
+                    made[target.name] = getattr(found, incumbent)
+                counts.append(cross_counts(targets, made, labels, num_classes, threat.ignore_index))
+    if not counts:
+        raise UserError("transfer: no images")
+    return Transfer((CLEAN, *names), names, np.concatenate(counts, axis=2))
+
+
+def cross_counts(
+    targets: Sequence[Target],
+    made: Mapping[str, Tensor],
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int | None = 255,
+) -> np.ndarray:
+    """Confusion counts int64 [S, T, B, K, K] of each source's images [B, 3, H, W] shown to each target."""
+    ignored = -1 if ignore_index is None else ignore_index
+    with torch.no_grad():
+        found = [
+            [
+                confusion(target.model(points).argmax(dim=1), labels, num_classes, ignored)
+                for target in targets
+            ]
+            for points in made.values()
+        ]
+    return np.stack([np.stack([counts.cpu().numpy() for counts in line]) for line in found])

@@ -1,0 +1,218 @@
+"""The hard-route trap: `python -m evaluation.traps` shows plain attacks miss a gate that gives them no gradient.
+
+Two experts, one right by a wide margin and one that answers the next class, and a gate that turns from the first to
+the second when every value of the image changes by nine tenths of the budget, each with its own sign. Plain attacks
+see the expert that answers, and no noise turns the gate. Made soft, or hard with a straight-through gradient, the
+same gate falls to them: what they lack is its gradient.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from attacks import apgd, pgd, routed, square
+from attacks.pixel_losses import image_loss
+from attacks.search import Found, scores
+from attacks.threat import Threat, seed_of
+from evaluation.formats import aligned
+
+EPS = 8 / 255
+MARGIN = 0.9  # of eps: how far the gate of a clean image is from turning
+SLOPE = 30  # a soft gate gives the right expert of a clean image a weight of 0.7
+CONTRAST = 0.3  # of what tells classes apart: almost ten times eps
+CLASSES = 4
+SIZE = 16
+IMAGES = 8
+TASKS = ("classification", "segmentation")
+GATES = ("hard", "soft", "straight-through")
+ALARM = 0.002  # of accuracy, by which attacks that know the gate may be better before the flag is raised
+
+PLAIN = {
+    "fgsm": pgd.fgsm,
+    "pgd": pgd.pgd,
+    "pgd masked_ce": partial(pgd.pgd, loss="masked_ce"),
+    "pgd jensen_shannon": partial(pgd.pgd, loss="jensen_shannon"),
+    "segpgd": pgd.segpgd,
+    "cospgd": pgd.cospgd,
+    "apgd dlr": partial(apgd.apgd, loss="dlr", steps=30),
+    "apgd masked_ce red_eps": partial(apgd.apgd, loss="masked_ce", steps=60, schedule="red_eps"),
+    "square": partial(square.square, queries=100),
+}
+GATE_AWARE = {
+    "soft_gate": routed.soft_gate,
+    "route_first": routed.route_first,
+    "stay_route": routed.stay_route,
+    "joint": routed.joint,
+    "weakest_expert": routed.weakest_expert,
+    "all_to_one_wrong": routed.all_to_one_wrong,
+    "gate_only": routed.gate_only,
+    "experts_only": routed.experts_only,
+}
+
+
+class Trap(nn.Module):
+    """A routed model of two linear experts, of the whole image or of each pixel.
+
+    The gate's logit for the first is SLOPE times the mean over the image of signs * (value - 0.5), 0 for the second.
+    """
+
+    num_experts = 2
+
+    def __init__(
+        self,
+        task: Literal["classification", "segmentation"],
+        gate: Literal["hard", "soft", "straight-through"],
+    ):
+        super().__init__()
+        dice = torch.Generator().manual_seed(0)
+        self.task, self.straight_through = task, gate == "straight-through"
+        self.routing = "soft" if gate == "soft" else "hard"
+        side = 1 if task == "segmentation" else SIZE
+        patterns = torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]).float()
+        if task == "classification":
+            patterns = random_signs(dice, CLASSES, 3 * SIZE * SIZE)
+        self.register_buffer("patterns", patterns.view(CLASSES, 3, side, side))
+        self.register_buffer("signs", random_signs(dice, 3, SIZE, SIZE))
+
+    def forward(self, images: Tensor) -> Tensor:
+        gate_logits, mix = self.gate_and_mix(images)
+        return mix(self.route(gate_logits))
+
+    def gate_logits(self, images: Tensor) -> Tensor:
+        return self.gate_and_mix(images)[0]
+
+    def forward_given(self, images: Tensor, weights: Tensor) -> Tensor:
+        return self.gate_and_mix(images)[1](weights)
+
+    def gate_and_mix(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """(gate logits [1, B, 2, 1, 1, 1], weights -> logits [B, 4] or [B, 4, 16, 16])."""
+        right = 10 * nn.functional.conv2d(images - 0.5, self.patterns) / self.patterns[0].numel()
+        expert_logits = torch.stack([right, right.roll(1, dims=1)], dim=1)
+
+        def mix(weights: Tensor) -> Tensor:
+            logits = (weights.reshape(-1, 2, 1, 1, 1) * expert_logits).sum(dim=1)
+            return logits if self.task == "segmentation" else logits.flatten(1)
+
+        lead = SLOPE * self.lead(images)
+        return torch.stack([lead, torch.zeros_like(lead)], dim=1).view(1, -1, 2, 1, 1, 1), mix
+
+    def lead(self, images: Tensor) -> Tensor:
+        """How much every value has to change, against its sign, before the gate turns; [B]."""
+        return (self.signs * (images - 0.5)).mean(dim=(1, 2, 3))
+
+    def route(self, gate_logits: Tensor) -> Tensor:
+        weights = gate_logits.softmax(dim=-4)
+        if self.routing == "soft":
+            return weights
+        hard = routed.one_hot(gate_logits)
+        return hard + (weights - weights.detach()) if self.straight_through else hard
+
+    def samples(self, count: int = IMAGES) -> tuple[Tensor, Tensor]:
+        """(images [count, 3, 16, 16], labels [count] or [count, 16, 16]): patterns of the classes with noise, and
+        the gate's margin."""
+        dice = torch.Generator().manual_seed(1)
+        shape = (count,) if self.task == "classification" else (count, SIZE, SIZE)
+        labels = torch.randint(CLASSES, shape, generator=dice)
+        shown = self.patterns[labels]  # [B, 3, 16, 16] or [B, 16, 16, 3, 1, 1]
+        if self.task == "segmentation":
+            shown = shown[..., 0, 0].permute(0, 3, 1, 2)
+        images = 0.5 + CONTRAST * shown + 0.02 * (torch.rand(shown.shape, generator=dice) - 0.5)
+        return images + self.signs * (MARGIN * EPS - self.lead(images)).view(-1, 1, 1, 1), labels
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What attacks left of a trap: share of pixels that are right in the worst case over the plain attacks, over
+    those that know the gate, and by name; share of images whose route the latter's worst case changed; why the
+    masking flag is raised, empty where it isn't."""
+
+    task: str
+    gate: str
+    clean: float
+    plain: float
+    aware: float
+    flips: float
+    flag: str
+    each: Mapping[str, float]
+
+
+def spring(task: str, gate: str) -> Outcome:
+    """Attacks a trap, all attacks on the same images."""
+    model = Trap(task, gate).eval()
+    images, labels = model.samples()
+    threat = Threat(
+        EPS, ignore_index=None, seeds=tuple(seed_of("trap", index) for index in range(len(images)))
+    )
+    found = {name: attack(model, images, labels, threat) for name, attack in (PLAIN | GATE_AWARE).items()}
+
+    def right(some: Mapping[str, Callable]) -> Tensor:
+        return torch.stack([found[name].correct for name in some])
+
+    total = labels.numel()
+    plain, aware = (right(some).amin(dim=0).sum().item() / total for some in (PLAIN, GATE_AWARE))
+    worst = worst_images([found[name] for name in GATE_AWARE])
+    clean_route, route = (model.gate_logits(some).argmax(dim=2).flatten() for some in (images, worst))
+    return Outcome(
+        task,
+        gate,
+        scores(model(images), labels, None)[0].sum().item() / total,
+        plain,
+        aware,
+        (clean_route != route).double().mean().item(),
+        masking(plain, aware, gate_is_blind(model, images, labels, threat)),
+        {name: one.correct.sum().item() / total for name, one in found.items()},
+    )
+
+
+def worst_images(found: list[Found]) -> Tensor:
+    """Of several attacks those with the fewest correct pixels, image by image."""
+    best = torch.stack([one.correct for one in found]).argmin(dim=0)
+    return torch.stack([one.images for one in found])[best, torch.arange(len(best), device=best.device)]
+
+
+def masking(plain: float, aware: float, blind: bool) -> str:
+    """Why plain attacks are not to be believed, empty where nothing speaks against them."""
+    reasons = []
+    if aware < plain - ALARM:
+        reasons.append(f"gate-aware attacks find {100 * (plain - aware):.1f} points more")
+    if blind:
+        reasons.append("the loss has no gradient by the gate")
+    return "; ".join(reasons)
+
+
+def gate_is_blind(model, images: Tensor, labels: Tensor, threat: Threat) -> bool:
+    """Whether the task's loss has a gradient of exactly zero by all gate logits, for all images."""
+    gate_logits, mix = model.gate_and_mix(images)
+    gate_logits = gate_logits.detach().requires_grad_()
+    loss = image_loss("ce", mix(model.route(gate_logits)), labels, threat).sum()
+    if not loss.requires_grad:
+        return True
+    (gradient,) = torch.autograd.grad(loss, gate_logits, allow_unused=True)
+    return gradient is None or not gradient.any().item()
+
+
+def random_signs(dice: torch.Generator, *shape: int) -> Tensor:
+    return torch.randint(2, shape, generator=dice).float() * 2 - 1
+
+
+def main() -> None:
+    """Prints all traps and their controls."""
+    outcomes = [spring(task, gate) for task in TASKS for gate in GATES]
+    lines = [("task", "gate", "clean", "plain suite", "gate-aware", "route flips")]
+    for one in outcomes:
+        shares = (one.clean, one.plain, one.aware, one.flips)
+        lines.append((one.task, one.gate, *(f"{100 * share:.1f} %" for share in shares)))
+    flags = ["masking flag", *(f"RAISED: {one.flag}" if one.flag else "-" for one in outcomes)]
+    print(
+        f"eps {EPS * 255:.0f}/255 (linf), {IMAGES} images of {SIZE} x {SIZE}, share of pixels that are right:"
+    )
+    for line, flag in zip(aligned(lines, left=2), flags, strict=True):
+        print(f"{line}  {flag}")
+
+
+if __name__ == "__main__":
+    main()

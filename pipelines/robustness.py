@@ -1,0 +1,211 @@
+"""Rows of an evaluation under attack: from networks of a zoo to targets, a ledger, and tables beside the clean ones."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from attacks.threat import Threat, seed_of
+from dataloaders.cache import open_cache
+from dataloaders.frames import Frame, FrameIndex
+from engine.config import Evaluate, Evaluation, UserError
+from evaluation.findings import Finding, write_findings
+from evaluation.plan import Scene, Setup, cost_table, manifest_of
+from evaluation.robust import attack_all
+from evaluation.robust_tables import FINDINGS, add_to_results, robust_summary, write_robust
+from evaluation.suites import Member, extra_members, members, needs_class_weights
+from evaluation.target_checks import check_targets
+from evaluation.targets import Target, target_of
+from networks.ensemble import Ensemble
+from pipelines.matrix import Zoo, is_whole
+from pipelines.segmentation import evaluation_batches
+
+CHECKED = 2  # images that the honesty checks of networks look at
+ENSEMBLE = "ensemble "  # before the name of its rule: the name of its row
+
+
+def is_asked(settings: Evaluate) -> bool:
+    """Whether an evaluation attacks anything."""
+    return settings.suite != "none" or any(attack.name != "clean" for attack in settings.attacks)
+
+
+def attack_rows(
+    config: Evaluation,
+    index: FrameIndex,
+    zoo: Zoo,
+    device: torch.device,
+    folder: Path,
+    subsets: Sequence[str],
+    overwrite: bool,
+) -> bool:
+    """Attacks what the config asks for and, where the ledger is complete then, writes the tables into the folder of
+    the evaluation; whether it was."""
+    settings = config.evaluate
+    setup, frames = setup_of(config, index, subsets), attacked_frames(config, index, subsets)
+    targets, own = attacked_rows(config, index, zoo)
+    for target in targets:  # of one layout in all processes, whether they did the clean pass or not
+        target.model.to(device, memory_format=torch.channels_last)
+    batches = evaluation_batches(config.data, index, frames, settings.attack_batch_size, "network")
+    ledger = folder / "ledger"
+    if not attack_all(ledger, Scenes(batches), targets, own, setup, device=device, replace=overwrite):
+        print(f"robustness: done here; other processes are still at work on {ledger}")
+        return False
+    found = check_few(Scenes(batches), targets, own, setup, device) if settings.attack_checks else []
+    write_findings(folder / FINDINGS, found)
+    results = write_robust(folder, ledger)
+    if (folder / "results.csv").exists():
+        add_to_results(folder / "results.csv", folder / "robustness.csv")
+    print("\n".join(["", *robust_summary(results), "", f"robustness: {folder / 'robustness.md'}"]))
+    return True
+
+
+def check_few(
+    scenes: "Scenes",
+    targets: Sequence[Target],
+    own: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    device: torch.device,
+) -> list[Finding]:
+    """The honesty checks that run the networks, on the first CHECKED images and at the largest eps."""
+    scene = next(iter(scenes))
+    images, labels = (part[:CHECKED].to(device) for part in (scene.images, scene.labels))
+    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
+    threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
+    return check_targets(targets, images, labels, threat, own)
+
+
+def describe_attacks(config: Evaluation, index: FrameIndex, zoo: Zoo, subsets: Sequence[str]) -> str:
+    """What --dry-run tells of the attacks: their cost."""
+    targets, own = attacked_rows(config, index, zoo)
+    frames = attacked_frames(config, index, subsets)
+    images = [{"name": frame.name, "batch": 0} for frame in frames]
+    return "\n".join(cost_table(manifest_of(setup_of(config, index, subsets), {}, targets, own, images)))
+
+
+def setup_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> Setup:
+    settings, data = config.evaluate, config.data
+    return Setup(
+        classes=tuple(index.classes),
+        eps=tuple(settings.eps),
+        suite=settings.suite,
+        norm=settings.norm,
+        seed=settings.attack_seed,
+        ignore_index=index.ignore_index,
+        subset=" + ".join(attacked_subsets(subsets)),
+        adversarials=settings.adversarials,
+        about={
+            "dataset": index.name,
+            "split": settings.split,
+            "image_size": list(data.image_size),
+            "resize": data.resize,
+            "resolution": "network",
+        },
+    )
+
+
+def attacked_subsets(subsets: Sequence[str]) -> list[str]:
+    """All training subsets together where the evaluation has them; else what it has."""
+    return ["all"] if "all" in subsets else list(subsets)
+
+
+def attacked_frames(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> list[Frame]:
+    """The frames of evaluate.attack_images, in the order of the index."""
+    settings = config.evaluate
+    frames = list(index.select(settings.split, attacked_subsets(subsets)))
+    wanted = settings.attack_images
+    if wanted == "all":
+        return frames
+    blocks: dict[str, list[Frame]] = {}
+    for frame in frames:
+        blocks.setdefault(frame.block, []).append(frame)
+    middle = [block[len(block) // 2] for block in blocks.values()]
+    if wanted == "blocks":
+        return middle
+    if wanted > len(frames):
+        raise UserError(f"evaluate.attack_images: {wanted} of {len(frames)} {settings.split} frames")
+    pool = middle if wanted <= len(middle) else frames
+    return [pool[(2 * place + 1) * len(pool) // (2 * wanted)] for place in range(wanted)]
+
+
+def attacked_rows(
+    config: Evaluation, index: FrameIndex, zoo: Zoo
+) -> tuple[list[Target], dict[str, list[Member]]]:
+    """(targets, the attacks of each by its name)."""
+    settings, size = config.evaluate, tuple(config.data.image_size)
+    names = [row.name for row in zoo.rows(controls=False)]
+    known = [*names, *(name for name in zoo.gates if name not in names)]
+    for name in settings.attack_rows or ():
+        if name not in known:
+            raise UserError(f"evaluate.attack_rows: there is no row {name!r}; allowed: {', '.join(known)}")
+    targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
+    parity = max(target.num_experts for target in targets)
+    own = {}
+    for target in targets:
+        suite = members(settings.suite, target.kind, target.num_experts, parity)
+        more = extra_members(settings.attacks, target.kind, target.num_experts, size, suite)
+        own[target.name] = [*suite, *more]
+    lacking = [
+        target.name
+        for target in targets
+        if target.class_pixels is None and any(map(needs_class_weights, own[target.name]))
+    ]
+    if lacking:
+        pixels = training_pixels(config, index)
+        print(
+            f"class weights of {', '.join(lacking)}: from the training split of {index.name}, as their files don't "
+            "hold those that they were trained on"
+        )
+        targets = [
+            replace(target, class_pixels=tuple(pixels)) if target.name in lacking else target
+            for target in targets
+        ]
+    return targets, own
+
+
+def target_of_row(zoo: Zoo, name: str) -> Target:
+    """The network behind a row of the matrix, and what identifies it."""
+    if name in zoo.networks:
+        trained = zoo.networks[name]
+        role = "baseline" if name in zoo.baselines else "expert"
+        about = {"network": trained.metadata["network"], "sha256": trained.sha256}
+        pixels = trained.metadata.get("class_pixels")
+        return target_of(name, trained.network, role=role, class_pixels=pixels, **about)
+    if name in zoo.gates:
+        trained, experts = zoo.gates[name]
+        about = {"gate": trained.metadata["gate"], "sha256": trained.sha256}
+        if not is_whole(trained):
+            about["experts"] = {expert: zoo.networks[expert].sha256 for expert in experts}
+        role = "gate" if name in zoo.learned_gates else "control"
+        pixels = trained.metadata.get("class_pixels")
+        return target_of(name, trained.network, role=role, class_pixels=pixels, **about)
+    rule = name.removeprefix(ENSEMBLE)
+    parts = {expert: zoo.networks[expert] for expert in zoo.experts}
+    network = Ensemble({expert: part.network for expert, part in parts.items()}, zoo.ensembles[rule])
+    counts = [part.metadata.get("class_pixels") for part in parts.values()]
+    pixels = None if None in counts else [sum(column) for column in zip(*counts, strict=True)]
+    about = {"combine": rule, "experts": {expert: part.sha256 for expert, part in parts.items()}}
+    return target_of(name, network.eval(), role="ensemble", class_pixels=pixels, **about)
+
+
+def training_pixels(config: Evaluation, index: FrameIndex) -> list[int]:
+    """Labelled pixels of each class in the training split of what is evaluated."""
+    data = config.data
+    frames = index.select("train", data.subsets)
+    return open_cache(index, frames, data.image_size, data.resize, data.cache_dir).class_pixels().tolist()
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Batches of frames as attacks take them."""
+
+    batches: object
+
+    def __iter__(self) -> Iterator[Scene]:
+        for batch in self.batches:
+            yield Scene(
+                (batch.images.float() / 255).contiguous(),
+                batch.labels.long(),
+                tuple(frame.name for frame in batch.frames),
+                tuple(frame.block for frame in batch.frames),
+            )

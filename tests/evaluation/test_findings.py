@@ -1,0 +1,56 @@
+"""Findings beside the figures that they touch."""
+
+import pytest
+
+from engine.config import UserError
+from evaluation.findings import (
+    Finding,
+    Flags,
+    finding_lines,
+    finding_rows,
+    read_findings,
+    write_findings,
+)
+
+LOW, HIGH = 2 / 255, 8 / 255
+MASKED = Finding("masking", "moe", HIGH, "", "flag", "a gap")
+COLLAPSED = Finding("gate collapse", "moe", None, "", "flag", "one expert")
+LOST = Finding("silent success", "net", HIGH, "pgd", "flag", "lost")
+SHORT = Finding("incomplete optimisation", "net", LOW, "pgd", "note", "short")
+FINE = Finding("float32", "net", None, "", "ok", "float32")
+ALL = [FINE, MASKED, COLLAPSED, LOST, SHORT]
+
+
+def test_marks_touch_the_rows_of_their_target_and_eps():
+    flags = Flags(ALL)
+    assert flags.mark("moe", HIGH) == " !1,2"
+    assert flags.mark("moe", LOW) == flags.mark("moe", 0.0) == " !2"  # all of its rows
+    assert flags.mark("net", HIGH) == " !3"
+    assert flags.mark("net", LOW) == flags.mark("other", HIGH) == ""  # a note is no flag
+    assert flags.lines() == [
+        "!1 moe, eps 8/255: masking: a gap",
+        "!2 moe: gate collapse: one expert",
+        "!3 net, eps 8/255, pgd: silent success (indicator of attack failure 3): lost",
+    ]
+
+
+def test_a_report_tells_flags_notes_and_what_was_fine():
+    assert finding_lines(ALL)[3:] == [
+        "Note: net, eps 2/255, pgd: incomplete optimisation (indicator of attack failure 4): short",
+        "Nothing wrong: float32: net.",
+    ]
+    assert finding_lines([FINE])[0] == "No check raised a flag."
+
+
+def test_rows_and_the_file_hold_everything(tmp_path):
+    assert finding_rows([LOST])[0] == {
+        "model": "net", "eps": HIGH, "attack": "pgd", "check": "silent success (indicator of attack failure 3)",
+        "severity": "flag", "text": "lost",
+    }  # fmt: skip
+    write_findings(tmp_path / "findings.json", ALL)
+    assert read_findings(tmp_path / "findings.json") == ALL
+    (tmp_path / "findings.json").write_text("[{]")
+    with pytest.raises(UserError, match="damaged"):
+        read_findings(tmp_path / "findings.json")
+    with pytest.raises(UserError, match="no findings here"):
+        read_findings(tmp_path / "other.json")

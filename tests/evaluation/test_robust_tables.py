@@ -1,0 +1,278 @@
+"""Robust figures from a ledger whose every count is known."""
+
+import csv
+from itertools import product
+
+import numpy as np
+import pytest
+
+from evaluation.ledger import INCUMBENTS
+from evaluation.plan import units_of
+from evaluation.results import FLOOR
+from evaluation.robust_results import RobustResults, within_floor
+from evaluation.robust_tables import (
+    add_to_results,
+    eps_text,
+    robust_markdown,
+    robust_rows,
+    robust_summary,
+    timing_rows,
+    verdict,
+    winner_rows,
+)
+from evaluation.statistics import Estimate, Resamples
+from evaluation.tables import RESULT_COLUMNS
+
+SMALL, LARGE = 1 / 255, 2 / 255
+IMAGES = [f"frame {place}" for place in range(12)]
+SIZE = 10  # pixels of class 0; as many of class 1
+
+
+def cells(right, sizes):
+    """Cells of an image with (pixels of class 0, of class 1) right; the others are told for the other class."""
+    counts = [[0, 0, right[0]], [0, 1, sizes[0] - right[0]], [1, 0, sizes[1] - right[1]], [1, 1, right[1]]]
+    return [cell for cell in counts if cell[2]]
+
+
+def ledger(
+    right,
+    members=(("fast", "common"), ("sly", "adaptive")),
+    targets=("mean", "moe"),
+    blocks=IMAGES,
+    sizes=(SIZE, SIZE),
+):
+    """(manifest, units) where `right(target, eps, attack, image index, incumbent)` says what is right."""
+    roles = {"mean": "ensemble", "moe": "gate", "other": "gate"}
+    manifest = {
+        "protocol": {"classes": ["road", "sky", "rail"], "seed": 7, "threads": 1, "split": "test"},
+        "suite": "quick",
+        "subset": "all",
+        "eps": [SMALL, LARGE],
+        "targets": [
+            {
+                "name": name,
+                "role": roles[name],
+                "identity": {"kind": "soft", "experts": 2},
+                "members": [
+                    {
+                        "name": attack,
+                        "column": column,
+                        "attack": {"name": attack},
+                        "version": 1,
+                        "forwards": 5,
+                    }
+                    for attack, column in members
+                ],
+            }
+            for name in targets
+        ],
+        "images": [
+            {"name": name, "sha256": name, "block": block, "batch": place // 5}
+            for place, (name, block) in enumerate(zip(IMAGES, blocks, strict=True))
+        ],
+    }
+    units = {
+        unit.name: [
+            {
+                "image": image,
+                "incumbent": incumbent,
+                "cells": cells(
+                    right(unit.target, unit.eps, unit.member, IMAGES.index(image), incumbent), sizes
+                ),
+                "forwards": 1 if unit.member == "clean" else 5,
+            }
+            for incumbent, image in product(INCUMBENTS, unit.images)
+        ]
+        for unit in units_of(manifest)
+    }
+    return manifest, units
+
+
+def steps(target, eps, attack, image, incumbent):
+    """fast takes half of class 0 at the small eps from even images, nothing at the large one; sly takes most of
+    class 1 at the large one from odd images, a pixel more at the balanced incumbent."""
+    if attack == "fast" and eps == SMALL and image % 2 == 0:
+        return 5, 10
+    if attack == "sly" and eps == LARGE and image % 2 and target == "moe":
+        return 10, 2 - (incumbent == "balanced")
+    return 10, 10
+
+
+def results(right=steps, **keys):
+    return RobustResults(*ledger(right, **keys))
+
+
+def test_the_worst_case_is_that_of_each_image_and_smaller_eps_are_candidates():
+    found = results()
+    assert found.clean("moe")["aacc"].value == found.clean("moe")["miou"].value == 1
+    small, large = (found.worst("moe", eps, "common").figures["aacc"].value for eps in (SMALL, LARGE))
+    assert small == large == (6 * 15 + 6 * 20) / 240  # the images of the small eps are inside the large ball
+    assert found.single("moe", LARGE, "fast")["aacc"].value == 1
+    adaptive = found.worst("moe", LARGE, "adaptive")
+    assert (
+        adaptive.figures["aacc"].value == adaptive.figures["aacc_image_mean"].value == (6 * 15 + 6 * 11) / 240
+    )
+    assert found.worst("mean", LARGE, "adaptive").figures["aacc"].value == large
+    # class 0: 90 of 120 right and 54 of class 1 told for it; the other way round
+    expected = (90 / (120 + 54) + 66 / (120 + 30)) / 2
+    assert adaptive.figures["miou"].value == pytest.approx(expected)
+    assert adaptive.bracket.lower <= adaptive.figures["miou"].value
+    assert found.counted.tolist() == [0, 1]  # no pixel is of class 2
+
+
+def test_of_a_single_attack_accuracy_is_that_of_one_incumbent_and_miou_the_lower_of_both():
+    single = results().single("moe", LARGE, "sly")
+    assert single["aacc"].value == (6 * 20 + 6 * 12) / 240
+    assert single["miou"].value == pytest.approx((120 / (120 + 54) + 66 / 120) / 2)
+
+
+def test_worst_cases_never_rise_with_eps_or_attacks():
+    dice = np.random.default_rng(3)
+    table = dice.integers(2, 11, (2, 3, 3, len(IMAGES), 2, 2))
+
+    def right(target, eps, attack, image, incumbent):
+        place = (
+            ("mean", "moe").index(target),
+            (0.0, SMALL, LARGE).index(eps),
+            ("clean", "fast", "sly").index(attack),
+        )
+        return table[(*place, image, INCUMBENTS.index(incumbent))].tolist() if eps else (9, 9)
+
+    found = results(right)
+    for target, name in product(("mean", "moe"), ("aacc", "aacc_image_mean", "miou")):
+        worst = {
+            (eps, column): found.worst(target, eps, column).figures[name].value
+            for eps, column in product((SMALL, LARGE), ("common", "adaptive"))
+        }
+        assert worst[LARGE, "adaptive"] <= min(worst[LARGE, "common"], worst[SMALL, "adaptive"])
+        assert max(worst[LARGE, "common"], worst[SMALL, "adaptive"]) <= worst[SMALL, "common"]
+        singles = [found.single(target, LARGE, one)[name].value for one in ("fast", "sly")]
+        assert worst[LARGE, "adaptive"] <= min(*singles, found.clean(target)[name].value)
+
+
+def test_the_floor_is_the_best_constant_answer():
+    found = results(lambda *given: (3, 3), sizes=(12, 4)).floor()
+    assert found == {"aacc": 0.75, "aacc_image_mean": 0.75, "miou": 0.375}
+    resamples = Resamples(IMAGES)
+    near = Estimate(0.52, np.linspace(0.4, 0.6, 2000), resamples)
+    far = Estimate(0.7, np.linspace(0.6, 0.8, 2000), resamples)
+    assert within_floor(near, 0.5) and not within_floor(far, 0.5)
+    few = Estimate(0.52, near.replicates, Resamples(["a", "b"] * 6))
+    assert not within_floor(few, 0.5) and within_floor(few, 0.52)  # no interval
+
+
+def test_differences_are_paired_and_equal_models_differ_by_nothing():
+    same = results(lambda target, *rest: steps("moe", *rest)).differences(LARGE, "adaptive")["moe", "mean"]
+    assert all(gap.value == 0 and gap.interval() == (0, 0) for gap in same.values())
+    gap = results().differences(LARGE, "adaptive")["moe", "mean"]["aacc"]
+    assert gap.value == pytest.approx(-6 * 9 / 240) and gap.interval()[1] < 0
+    assert [verdict(low, high, floor) for low, high, floor in (
+        (0.1, 0.2, False), (-0.2, -0.1, False), (-0.1, 0.1, False), (0.1, 0.2, True), (np.nan, np.nan, False),
+    )] == [
+        "the gate is more robust on data like these", "the gate is less robust on data like these",
+        "these data can't tell", "both are at the floor, nothing can be said", "too few blocks of images to tell",
+    ]  # fmt: skip
+
+
+def test_rows_are_tidy_and_complete():
+    found = results()
+    rows = robust_rows(found)
+    assert all(set(row) <= set(RESULT_COLUMNS) for row in rows)
+    assert {(row["suite"], row["subset"], row["n_images"], row["units"]) for row in rows} == {
+        ("quick", "all", 12, 12)
+    }
+    keys = [(row["model"], row.get("attack", ""), row.get("eps"), row["metric"]) for row in rows]
+    assert len(set(keys)) == len(keys)
+    value = {key: row for key, row in zip(keys, rows, strict=True)}
+    worst = value["moe", "worst of adaptive", LARGE, "aacc"]
+    assert worst["value"] == (6 * 15 + 6 * 11) / 240 and worst["passes_per_image"] == 10
+    assert worst["ci_low"] < worst["value"] < worst["ci_high"]
+    assert value["moe", "worst of common", SMALL, "miou"]["passes_per_image"] == 5
+    assert (
+        value["moe", "fast", SMALL, "aacc"]["kind"] == "gate"
+        and value["mean", "clean", 0.0, "miou"]["value"] == 1
+    )
+    assert value[FLOOR, "", None, "miou"]["value"] == 0.25
+    assert value["moe - mean", "worst of adaptive", LARGE, "aacc"]["kind"] == "difference"
+    bound = value["moe", "worst of adaptive", LARGE, "miou_search_bound"]["value"]
+    assert bound <= value["moe", "worst of adaptive", LARGE, "miou"]["value"]
+
+
+def test_winners_are_named_for_each_image():
+    rows = [
+        row for row in winner_rows(results())
+        if (row["model"], row["eps"], row["column"], row["figure"]) == ("moe", LARGE, "adaptive", "aacc")
+    ]  # fmt: skip
+    assert [row["image"] for row in rows] == IMAGES
+    assert {(row["attack"], row["attack_eps"], row["incumbent"]) for row in rows[::2]} == {
+        ("fast", SMALL, "pixels")
+    }
+    assert {(row["attack"], row["attack_eps"], row["incumbent"]) for row in rows[1::2]} == {
+        ("sly", LARGE, "balanced")
+    }
+
+
+def test_seconds_stand_in_a_table_of_their_own():
+    found = results()
+    rows = list(timing_rows(found, dict.fromkeys(found.seconds_of, 2.0)))
+    assert {row["seconds"] for row in rows} == {6.0}  # three batches
+    assert {row["passes"] for row in rows if row["attack"] == "sly"} == {5}
+
+
+def test_the_page_says_what_figures_need():
+    text = robust_markdown(results())
+    for fact in (
+        "Suite quick on 12 images of all; seed 7, threads 1, split test.",
+        "the 2 classes with ground truth in these images, of 3", "95 % bootstrap over 12 blocks",
+        "## eps 1/255: worst case", "## eps 2/255: single attacks", "| 5 / 10 | 100.00 |",
+        "aAcc, adaptive: moe - mean = -22.50 [", "the gate is less robust", "moe: fast at 1/255 6, sly 6",
+        ", ".join(IMAGES), f"| {FLOOR} | floor | - | 25.00 |",
+    ):  # fmt: skip
+        assert fact in text, fact
+    assert "favours" not in text
+    two = robust_markdown(
+        results(lambda target, *rest: steps("moe", *rest), targets=("mean", "moe", "other"))
+    )
+    assert "The gate is the best of several on these very images" in two
+    few = robust_markdown(results(blocks=["a", "b"] * 6))
+    assert "none, as there are 2 blocks of images and 10 are needed" in few and "too few blocks" in few
+    assert robust_summary(results())[0].split() == [
+        "mIoU",
+        "in",
+        "%",
+        "clean",
+        "eps",
+        "1/255",
+        "eps",
+        "2/255",
+    ]
+
+
+def test_eps_is_shown_as_people_write_it():
+    assert [eps_text(eps) for eps in (8 / 255, 0.25 / 255, 0.1, 0.5)] == [
+        "8/255",
+        "0.25/255",
+        "25.5/255",
+        "127.5/255",
+    ]
+    assert eps_text(0.1234567) == "0.1235"
+
+
+def test_robust_rows_stand_behind_clean_ones_once(tmp_path):
+    def write(name, rows):
+        with open(tmp_path / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, RESULT_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write("results.csv", [{"model": "moe", "metric": "miou", "value": "0.5"}])
+    write("robustness.csv", [{"model": "moe", "metric": "miou", "suite": "quick", "value": "0.1"}])
+    add_to_results(tmp_path / "results.csv", tmp_path / "robustness.csv")
+    once = (tmp_path / "results.csv").read_bytes()
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [(row["suite"], row["value"]) for row in csv.DictReader(file)] == [
+            ("", "0.5"),
+            ("quick", "0.1"),
+        ]
+    add_to_results(tmp_path / "results.csv", tmp_path / "robustness.csv")
+    assert (tmp_path / "results.csv").read_bytes() == once

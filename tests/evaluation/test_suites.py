@@ -1,0 +1,132 @@
+"""Suites: what they cost, that the cost is real, and that all kinds of targets get the same."""
+
+import pytest
+import torch
+
+from attacks.threat import Threat
+from engine.config import UserError, component
+from evaluation.stand_ins import count_passes
+from evaluation.suites import describe, extra_members, main, members, needs_class_weights
+from evaluation.targets import kind_of
+from tests.evaluation import robust_toy as toy
+
+BUDGETS = {"quick": 60, "standard": 400, "sea": 1100}
+KINDS = ("single", "soft", "hard", "ensemble")
+
+
+def sums(suite, kind, experts=1, parity=1, column=None):
+    """(forward, backward) passes."""
+    own = [one for one in members(suite, kind, experts, parity) if column in (None, one.column)]
+    return sum(one.forwards for one in own), sum(one.backwards for one in own)
+
+
+@pytest.mark.parametrize("suite", BUDGETS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_suite_takes_as_many_gradients_as_its_name_promises(suite, kind):
+    forwards, backwards = sums(suite, kind, 1 if kind == "single" else 2)
+    assert backwards == BUDGETS[suite]
+    assert backwards < forwards <= 1.16 * backwards  # last points, and passes over the clean images
+
+
+@pytest.mark.parametrize("suite", BUDGETS)
+@pytest.mark.parametrize("experts", [2, 3, 5])
+def test_gradients_are_equal_counted_in_networks(suite, experts):
+    """A single network beside mixtures of E networks, the mixtures, and ensembles of as many; up to a restart."""
+    wanted = {kind: experts * sums(suite, kind, experts)[1] for kind in KINDS[1:]}
+    alone = sums(suite, "single", 1, parity=experts)[1]
+    restart = sums(suite, "single", column="adaptive")[1]
+    assert len(set(wanted.values())) == 1
+    assert wanted["soft"] <= alone < wanted["soft"] + restart
+
+
+@pytest.mark.parametrize("suite", BUDGETS)
+def test_common_members_are_the_same_for_every_kind_and_adaptive_ones_are_not(suite):
+    common = {
+        kind: [one.about for one in members(suite, kind, 2, 2) if one.column == "common"] for kind in KINDS
+    }
+    assert all(own == common["single"] for own in common.values())
+    adaptive = {
+        kind: {one.name for one in members(suite, kind, 2) if one.column == "adaptive"} for kind in KINDS
+    }
+    assert adaptive["soft"] == adaptive["hard"]
+    assert not adaptive["soft"] & adaptive["ensemble"] and not adaptive["soft"] & adaptive["single"]
+    for own in (members(suite, kind, 2) for kind in KINDS):
+        assert len({one.name for one in own}) == len(own)
+
+
+def test_sea_is_three_losses_of_300_steps_with_shrinking_balls():
+    common = [one.attack.args for one in members("sea", "single", 1) if one.column == "common"]
+    assert {args["loss"] for args in common} == {"masked_ce", "balanced_masked_ce", "jensen_shannon"}
+    assert all((args["steps"], args["schedule"], args["restarts"]) == (300, "red_eps", 1) for args in common)
+    assert [needs_class_weights(one) for one in members("sea", "single", 1)][:3] == [False, True, False]
+
+
+@pytest.mark.parametrize("suite", ["quick", "standard"])
+def test_passes_told_beforehand_are_those_that_attacks_count_on_real_networks(suite):
+    (scene,) = toy.scenes(2, images=2)
+    threat = Threat(0.5 / 255, seeds=(0, 1), class_weights=torch.ones(toy.CLASSES))
+    for target in toy.targets():
+        for one in members(suite, target.kind, target.num_experts, 2):
+            found = one.attack.build(target.model, scene.images, scene.labels, threat)
+            assert found.correct.min() > 0  # else it ends sooner
+            assert (found.forwards, found.backwards) == (one.forwards, one.backwards), one.name
+
+
+def test_passes_of_single_attacks():
+    def of(name, **args):
+        return count_passes(component("attacks:ATTACKS", name, **args), "single", 1)
+
+    assert of("clean") == (1, 0)
+    assert of("fgsm") == (2, 1)
+    assert of("pgd", steps=7, restarts=3) == (24, 21)
+    assert of("pgd", steps=5, draws=4) == (24, 20)
+    assert of("square", queries=50) == (50, 0)
+
+
+def test_attacks_of_a_config_are_further_members_and_clean_is_none():
+    given = [
+        component("attacks:ATTACKS", name, **args)
+        for name, args in (("clean", {}), ("fgsm", {}), ("pgd", {"steps": 3}), ("pgd", {"steps": 4}))
+    ]
+    found = extra_members(given, "soft", 2, (6, 8))
+    assert [one.name for one in found][:2] == ["fgsm", "pgd"]
+    assert found[2].name.startswith("pgd (loss ce, steps 4, ")
+    assert {one.column for one in found} == {"common"}
+    with pytest.raises(UserError, match="stands there twice"):
+        extra_members([given[2]] * 3, "single", 1, (6, 8))
+
+
+def test_a_file_belongs_to_a_member_by_its_contents(tmp_path, monkeypatch):
+    file = tmp_path / "delta.safetensors"
+    about = []
+    for content in (b"one", b"two"):
+        file.write_bytes(content)
+        attack = component("attacks:ATTACKS", "universal", file=str(file))
+        monkeypatch.setattr("evaluation.suites.count_passes", lambda *given: (1, 0))
+        (one,) = extra_members([attack], "single", 1, (6, 8))
+        about.append(one.about)
+    assert about[0] != about[1]
+
+
+def test_none_is_empty_and_others_are_unknown():
+    assert members("none", "soft", 2) == []
+    with pytest.raises(UserError, match="'slow' is unknown; allowed: none, quick, standard, sea"):
+        members("slow", "soft", 2)
+
+
+def test_the_command_prints_members_steps_and_sums(capsys):
+    assert main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line in BUDGETS] == list(BUDGETS)
+    quick = describe("quick")
+    assert quick[0].split("  ")[0] == "member" and all(line in lines for line in quick)
+    (backwards,) = [line for line in quick if line.startswith("of these with a backward pass")]
+    assert backwards.split()[-5:] == ["60", "120", "60", "60", "60"]
+    (row,) = [line for line in quick if line.startswith("cospgd")]
+    assert row.split() == ["cospgd", "common", "20", "x", "1", *["21"] * 5]
+
+
+def test_stand_ins_are_of_the_kinds_that_they_stand_for():
+    from evaluation.stand_ins import STAND_INS
+
+    assert {kind: kind_of(build(2)) for kind, build in STAND_INS.items()} == {kind: kind for kind in KINDS}

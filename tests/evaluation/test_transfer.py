@@ -1,0 +1,150 @@
+"""The transfer matrix: its diagonal is the white box, its counts those of a direct look, its figures by hand."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from attacks.pgd import pgd
+from attacks.threat import Threat
+from engine.config import UserError, component
+from evaluation.targets import Target
+from evaluation.transfer import Transfer, cross_counts, transfer
+from metrics.confusion import confusion
+
+CLASSES = 3
+
+
+def network(seed):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.Tanh(), nn.Conv2d(6, CLASSES, 3, padding=1))
+
+
+def target(name, seed):
+    return Target(name, "single", network(seed))
+
+
+def batches(counts=(3, 2), eps=8 / 255):
+    """Labels are what the network of seed 1 says, some pixels ignored."""
+    generator, teacher, made = torch.Generator().manual_seed(7), network(1), []
+    for start, count in enumerate(counts):
+        images = torch.rand(count, 3, 6, 8, generator=generator)
+        labels = teacher(images).argmax(dim=1)
+        labels[:, 0, 0] = 255
+        made.append((images, labels, Threat(eps, seeds=tuple(range(10 * start, 10 * start + count)))))
+    return made
+
+
+ATTACK = component("attacks:ATTACKS", "pgd", steps=4)
+
+
+def test_the_diagonal_is_the_white_box():
+    targets = [target("first", 1), target("second", 2)]
+    found = transfer(targets, ATTACK, batches(), CLASSES)
+    assert found.sources == ("clean", "first", "second") and found.targets == ("first", "second")
+    assert found.counts.shape == (3, 2, 5, CLASSES, CLASSES)
+    start = 0
+    for images, labels, threat in batches():
+        part = slice(start, start := start + len(images))
+        for place, one in enumerate(targets):
+            own = pgd(one.model, images, labels, threat, steps=4)
+            counts = found.counts[place + 1, place, part]
+            assert counts.diagonal(axis1=1, axis2=2).sum(axis=1).tolist() == own.correct.tolist()
+            for other, shown in enumerate(targets):
+                said = shown.model(own.images).argmax(dim=1)
+                expected = confusion(said, labels, CLASSES).numpy()
+                assert np.array_equal(found.counts[place + 1, other, part], expected)
+            clean = confusion(one.model(images).argmax(dim=1), labels, CLASSES).numpy()
+            assert np.array_equal(found.counts[0, place, part], clean)
+    assert (found.counts.sum(axis=(3, 4)) == 6 * 8 - 1).all()
+
+
+def test_the_attack_works_on_its_source_only():
+    """White box is below clean; images made for another network do less."""
+    found = transfer([target("first", 1), target("second", 2)], ATTACK, batches(), CLASSES).matrix("aacc")
+    assert found[0, 0] == 1.0
+    assert found[1, 0] < found[2, 0]
+    assert found[2, 1] < found[1, 1] and found[2, 1] < found[0, 1]
+
+
+def test_identical_networks_transfer_fully():
+    found = transfer([target("one", 1), target("twin", 1)], ATTACK, batches(), CLASSES)
+    assert (found.counts[:, 0] == found.counts[:, 1]).all()
+    assert (found.counts[1] == found.counts[2]).all()
+    assert found.stronger_than_white_box() == []
+
+
+def test_nothing_transfers_at_eps_0():
+    found = transfer([target("first", 1), target("second", 2)], ATTACK, batches(eps=0.0), CLASSES)
+    assert (found.counts == found.counts[:1]).all()
+
+
+@pytest.mark.parametrize("incumbent", ["images", "balanced"])
+def test_either_incumbent(incumbent):
+    made = {"images": lambda images: images * 0.9, "balanced": lambda images: 1 - images}
+
+    class Attack:
+        def build(self, model, images, labels, threat):
+            return SimpleNamespace(**{name: make(images) for name, make in made.items()})
+
+    one, (images, labels, threat) = target("first", 1), batches()[0]
+    found = transfer([one], Attack(), [(images, labels, threat)], CLASSES, incumbent=incumbent)
+    expected = confusion(one.model(made[incumbent](images)).argmax(dim=1), labels, CLASSES).numpy()
+    assert np.array_equal(found.counts[1, 0], expected)
+
+
+def test_networks_are_left_as_they_were():
+    model = nn.Sequential(network(1), nn.BatchNorm2d(CLASSES), nn.Dropout())
+    before = copy.deepcopy(model.state_dict())
+    in_training = transfer([Target("one", "single", model.train())], ATTACK, batches()[:1], CLASSES)
+    assert model.training
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    in_use = transfer([Target("one", "single", model.eval())], ATTACK, batches()[:1], CLASSES)
+    assert np.array_equal(in_training.counts, in_use.counts)
+
+
+def test_without_ignored_label_every_pixel_counts():
+    images, labels, _ = batches()[0]
+    counts = cross_counts([target("first", 1)], {"clean": images}, labels.clamp_max(2), CLASSES, None)
+    assert counts.shape == (1, 1, 3, CLASSES, CLASSES)
+    assert (counts.sum(axis=(3, 4)) == 48).all()
+
+
+def by_hand():
+    """Two images, two targets a and b; images made for b turn more of a than its own."""
+
+    def one(right, wrong):
+        return [[right, wrong], [0, 0]]
+
+    clean = [[one(4, 0), one(2, 2)], [one(4, 0), one(4, 0)]]
+    for_a = [[one(3, 1), one(2, 2)], [one(4, 0), one(3, 1)]]
+    for_b = [[one(1, 3), one(2, 2)], [one(0, 4), one(0, 4)]]
+    return Transfer(("clean", "a", "b"), ("a", "b"), np.array([clean, for_a, for_b]))
+
+
+def test_figures_by_hand():
+    found = by_hand()
+    assert found.matrix("aacc").tolist() == [[6 / 8, 1.0], [5 / 8, 7 / 8], [3 / 8, 0.0]]
+    assert found.matrix("miou").tolist() == found.matrix("aacc").tolist(), "one class with ground truth"
+    assert found.stronger_than_white_box() == [("b", "a")]
+    rows = found.rows()
+    assert len(rows) == 2 * 3 * 2
+    assert rows[3] == {"source": "a", "target": "b", "metric": "aacc", "value": 7 / 8}
+    assert found.table("aacc")[2:] == [
+        "| clean | 75.00 | 100.00 |",
+        "| a | 62.50 | 87.50 |",
+        "| b | 37.50 | 0.00 |",
+    ]
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="own names"):
+        transfer([target("first", 1), target("first", 2)], ATTACK, batches(), CLASSES)
+    with pytest.raises(UserError, match="none of them clean"):
+        transfer([target("clean", 1)], ATTACK, batches(), CLASSES)
+    with pytest.raises(UserError, match="no images"):
+        transfer([target("first", 1)], ATTACK, [], CLASSES)

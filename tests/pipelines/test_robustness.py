@@ -1,0 +1,221 @@
+"""Rows under attack: the networks behind rows, the frames that are attacked, and an evaluation as it is started."""
+
+import csv
+from contextlib import redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from engine.checkpoints import load_metadata
+from engine.config import UserError
+from evaluation.ledger import read_manifest, read_units
+from evaluation.plan import units_of
+from evaluation.rows import Outputs
+from pipelines.matrix import load_zoo
+from pipelines.robustness import attacked_frames, attacked_rows, attacked_subsets, is_asked, target_of_row
+from tests.pipelines.test_segmentation import evaluation_of
+
+ATTACKS = {
+    "attacks": [{"name": "fgsm"}],
+    "eps": ["2/255", "4/255"],
+    "attack_images": 4,
+    "overlays": 0,
+    "attack_checks": False,
+}
+
+
+def attacked(workshop, name="attacked", **settings):
+    config = evaluation_of(workshop, name=name)
+    config["evaluate"] = {**config.get("evaluate", {}), **ATTACKS, **settings}
+    return config
+
+
+@pytest.fixture(scope="module")
+def evaluated(workshop):
+    printed = StringIO()
+    with redirect_stdout(printed):
+        workshop.evaluate(attacked(workshop))
+    return workshop.run("attacked") / "evaluation" / "test", printed.getvalue()
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_checks_stand_beside_the_figures(workshop):
+    config = attacked(workshop, name="checked", attack_rows=["gate"], attack_images=2, attack_checks=True)
+    workshop.evaluate(config)
+    folder = workshop.run("checked") / "evaluation" / "test"
+    checks = {row["check"]: row for row in rows_of(folder / "checks.csv") if row["model"] == "gate"}
+    assert checks["identity at eps 0"]["severity"] == checks["batch invariance"]["severity"] == "ok"
+    assert "## Checks" in (folder / "robustness.md").read_text()
+    assert {row["figure"] for row in rows_of(folder / "telemetry.csv")} > {"route flip rate", "gate margin"}
+    assert {row["part"] for row in rows_of(folder / "components.csv")} > {"clean", "model"}
+
+
+def test_all_rows_are_attacked_and_stand_behind_the_clean_ones(evaluated):
+    folder, printed = evaluated
+    rows = rows_of(folder / "results.csv")
+    robust = rows_of(folder / "robustness.csv")
+    assert [row for row in rows if row["suite"]] == robust and not rows[0]["suite"]
+    models = {row["model"] for row in robust}
+    assert {"day", "night", "gate", "ensemble mean", "ensemble max", "best constant class"} <= models
+    assert "true subset" not in models
+    value = {(row["model"], row["attack"], row["eps"], row["metric"]): float(row["value"]) for row in robust}
+    for model in ("day", "gate", "ensemble mean"):
+        clean, small, large = (
+            value[model, attack, eps, "aacc"]
+            for attack, eps in (
+                ("clean", "0.0"), ("worst of common", str(2 / 255)), ("worst of common", str(4 / 255)),
+            )
+        )  # fmt: skip
+        assert clean >= small >= large and clean > large
+    assert "robustness: " in printed and "mIoU in %" in printed
+    assert read_manifest(folder / "ledger")["protocol"]["dataset"]
+
+
+def test_killed_in_the_middle_it_goes_on_and_complete_it_is_not_done_again(workshop, evaluated, monkeypatch):
+    folder, _ = evaluated
+    with pytest.raises(UserError, match="--overwrite"):
+        workshop.evaluate(attacked(workshop))
+    before = (folder / "robustness.md").read_bytes()
+    segment = folder / "ledger" / "segment_000.jsonl"
+    text = segment.read_bytes()
+    (folder / "robustness.csv").unlink()
+    segment.write_bytes(text[: len(text) * 3 // 5])
+    workshop.evaluate(attacked(workshop))
+    assert (folder / "robustness.md").read_bytes() == before
+    assert segment.stat().st_size < 1.2 * len(text)  # what was there was not done again
+    with pytest.raises(UserError, match="attack_seed|seed"):
+        (folder / "robustness.csv").unlink()
+        workshop.evaluate(attacked(workshop, attack_seed=1))
+    workshop.evaluate(attacked(workshop, attack_seed=0), overwrite=True)
+
+
+def test_the_network_behind_a_row_says_what_the_row_says(workshop):
+    config = workshop.load(evaluation_of(workshop))
+    zoo = load_zoo(config, config.data.build())
+    images = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+    from evaluation.enlarge import Enlargements
+    from networks.resize import upsample
+
+    networks = {name: trained.network for name, trained in zoo.networks.items()}
+    kinds = {}
+    for row in zoo.rows(controls=False):
+        target = target_of_row(zoo, row.name)
+        with torch.no_grad():
+            outputs = Outputs(networks, images, "fp32", Enlargements(upsample, torch.device("cpu")))
+            said = row.predict(outputs, SimpleNamespace(frames=[None, None]))
+            logits = said.logits if said.stride is None else upsample(said.logits, (32, 48), said.stride)
+            assert torch.allclose(target.model(images), logits, atol=1e-4)
+        kinds[row.name] = (target.kind, target.role, target.num_experts)
+    assert kinds["day"] == ("single", "expert", 1) and kinds["ensemble max"] == ("ensemble", "ensemble", 2)
+    assert kinds["gate"] == ("soft", "gate", 2)
+    identities = [str(target_of_row(zoo, name).identity) for name in kinds]
+    assert len(set(identities)) == len(kinds)
+
+
+def test_class_pixels_are_stored_with_every_network_and_used(workshop):
+    pixels = {}
+    for name in ("day", "night", "gate"):
+        metadata = load_metadata(workshop.run(name) / "checkpoints" / "best.safetensors")
+        pixels[name] = metadata["class_pixels"]
+        assert len(pixels[name]) == 3 and min(pixels[name]) > 0
+    config = workshop.load(evaluation_of(workshop))
+    zoo = load_zoo(config, config.data.build())
+    assert target_of_row(zoo, "night").class_pixels == tuple(pixels["night"])
+    both = tuple(sum(pair) for pair in zip(pixels["day"], pixels["night"], strict=True))
+    assert target_of_row(zoo, "ensemble mean").class_pixels == both
+
+
+def test_networks_without_class_pixels_get_those_of_the_data_with_a_note(workshop, capsys):
+    balanced = [{"name": "pgd", "loss": "balanced_masked_ce", "steps": 2}]
+    config = workshop.load(attacked(workshop, attacks=balanced, attack_rows=["night", "day"]))
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    stored = zoo.networks["day"].metadata.pop("class_pixels")
+    targets, _ = attacked_rows(config, index, zoo)
+    assert "class weights of day: from the training split" in capsys.readouterr().out
+    night, day = targets
+    assert list(night.class_pixels) != list(day.class_pixels)
+    assert sum(day.class_pixels) == 2 * sum(stored)  # of both subsets, equal in size
+
+
+def test_only_the_rows_asked_for_are_attacked(workshop):
+    config = workshop.load(attacked(workshop, attack_rows=["gate", "ensemble max"]))
+    zoo = load_zoo(config, config.data.build())
+    targets, own = attacked_rows(config, config.data.build(), zoo)
+    assert [target.name for target in targets] == ["gate", "ensemble max"] == list(own)
+    config = workshop.load(attacked(workshop, attack_rows=["gait"]))
+    with pytest.raises(UserError, match="no row 'gait'; allowed: day, night, ensemble mean"):
+        attacked_rows(config, config.data.build(), zoo)
+
+
+def test_a_dry_run_tells_the_cost_and_writes_nothing(workshop, capsys):
+    workshop.evaluate(attacked(workshop, name="dry", suite="quick", attacks=[]), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    (day,) = [line.split() for line in lines if line.startswith("day ") and " single " in line]
+    # 2 x 21 common passes, four restarts beside mixtures of 2, at two eps and one clean pass
+    assert day[1:] == ["single", "3", "126", "253", "253"]
+    (total,) = [line for line in lines if line.startswith("4 images: at most ")]
+    assert not workshop.run("dry").exists()
+    assert total.endswith("network passes")
+
+
+FRAMES = [SimpleNamespace(name=f"{block}{place}", block=block) for block in "abcde" for place in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("images", "names"),
+    [
+        ("all", [frame.name for frame in FRAMES]),
+        ("blocks", ["a2", "b2", "c2", "d2", "e2"]),
+        (5, ["a2", "b2", "c2", "d2", "e2"]),
+        (2, ["b2", "d2"]),
+        (1, ["c2"]),
+        (25, [frame.name for frame in FRAMES]),
+    ],
+)
+def test_attacked_frames(images, names):
+    settings = SimpleNamespace(split="test", attack_images=images)
+    index = SimpleNamespace(select=lambda split, subsets: FRAMES)
+    config = SimpleNamespace(evaluate=settings)
+    assert [frame.name for frame in attacked_frames(config, index, ["all"])] == names
+    settings.attack_images = 26
+    with pytest.raises(UserError, match="attack_images: 26 of 25 test frames"):
+        attacked_frames(config, index, ["all"])
+
+
+def test_training_subsets_are_attacked_together():
+    assert attacked_subsets(["highway", "urban", "all", "ambiguous"]) == ["all"]
+    assert attacked_subsets(["fog", "night"]) == ["fog", "night"]
+
+
+def test_clean_alone_asks_for_nothing(workshop):
+    def asked(**settings):
+        return is_asked(workshop.load({**evaluation_of(workshop), "evaluate": settings}).evaluate)
+
+    assert not asked() and not asked(attacks=[{"name": "clean"}])
+    assert asked(suite="quick") and asked(attacks=[{"name": "clean"}, {"name": "fgsm"}])
+
+
+def test_two_processes_share_an_evaluation(workshop, evaluated, monkeypatch):
+    config = attacked(workshop, name="shared", attack_batch_size=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folder = workshop.run("shared") / "evaluation" / "test"
+    monkeypatch.setenv("RANK", "1")
+    assert workshop.evaluate(config) is None
+    assert not (folder / "results.csv").exists() and not (folder / "robustness.csv").exists()
+    monkeypatch.setenv("RANK", "0")
+    assert workshop.evaluate(config) is not None
+    assert (folder / "robustness.csv").exists()
+    units = read_units(folder / "ledger")
+    assert all(unit.name in units for unit in units_of(read_manifest(folder / "ledger")))
+    monkeypatch.delenv("WORLD_SIZE")
+    workshop.evaluate({**config, "name": "alone"})
+    alone = workshop.run("alone") / "evaluation" / "test"
+    for name in ("results.csv", "robustness.csv", "robustness.md", "winners.csv"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()

@@ -1,0 +1,97 @@
+"""Universal perturbations from the command line: trained on train, chosen on val, applied to another row."""
+
+import pytest
+import torch
+
+from attacks.threat import Threat
+from attacks.universal import load_universal
+from dataloaders.frames import FrameIndex
+from engine.config import component, load
+from pipelines.matrix import load_zoo
+from pipelines.robustness import target_of_row
+from pipelines.universal import main, number, samples_of
+from tests.pipelines.conftest import write_yaml
+from tests.pipelines.test_segmentation import evaluation_of
+
+
+@pytest.fixture(scope="module")
+def trained(workshop):
+    """(config, file, splits that were read) of one on the expert `day`."""
+    config = write_yaml(workshop.folder / "universal.yaml", evaluation_of(workshop))
+    path, asked, select = workshop.folder / "deltas" / "day.safetensors", [], FrameIndex.select
+
+    def recording(self, split, subsets):
+        asked.append(split)
+        return select(self, split, subsets)
+
+    keys = ["--eps=32/255", "--epochs=3", "--inner-steps=2", "--step-size=0.03", "--seed=2", "--device=cpu"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrameIndex, "select", recording)
+        assert main([str(config), "day", str(path), "evaluate.batch_size=8", *keys]) == 0
+    return config, path, asked
+
+
+def test_it_reads_train_and_val_only(trained):
+    assert set(trained[2]) == {"train", "val"}
+
+
+def test_the_file_says_where_it_comes_from(trained, workshop):
+    config, path, _ = trained
+    found = load_universal(path)
+    zoo = load_zoo(load(config), load(config).data.build())
+    about = found.metadata
+    assert about["source"] == {"row": "day", **target_of_row(zoo, "day").identity}
+    assert about["data"] == {
+        "dataset": load(config).data.build().name,
+        "train": 16,
+        "val": 8,
+        "subsets": ["day", "night"],
+        "resize": load(config).data.resize,
+        "batch_size": 8,
+    }
+    assert (about["size"], about["images"], about["steps"], about["seed"]) == ([32, 48], 16, 2 * 2 * 3, 2)
+    assert found.delta.shape == (3, 32, 48)
+    assert found.delta.abs().max() <= 32 / 255
+    assert about["chosen_epoch"] > 0 and min(about["accuracy"]) < about["accuracy"][0]
+
+
+def test_it_is_applied_to_another_row(trained):
+    config, path, _ = trained
+    index = load(config).data.build()
+    target = target_of_row(load_zoo(load(config), index), "gate")
+    samples = samples_of(load(config).data, index, "test", torch.device("cpu"))
+    images, labels = (torch.stack(kind) for kind in zip(*samples, strict=True))
+    threat = Threat(32 / 255, seeds=tuple(range(len(images))))
+    found = component("attacks:ATTACKS", "universal", file=str(path)).build(
+        target.model, images, labels, threat
+    )
+    expected = (images + load_universal(path).delta).clamp(0, 1)
+    torch.testing.assert_close(found.images, expected, rtol=0, atol=1e-6)
+
+
+def test_samples_are_the_frames_evenly_spread(trained):
+    config = load(trained[0])
+    index = config.data.build()
+    every, some = (samples_of(config.data, index, "train", torch.device("cpu"), count) for count in (None, 4))
+    assert (len(every), len(some)) == (16, 4)
+    assert [frame.name for frame in some.cache.frames] == [
+        every.cache.frames[row].name for row in (2, 6, 10, 14)
+    ]
+    image, label = some[1]
+    assert image.shape == (3, 32, 48) and image.dtype == torch.float32 and label.dtype == torch.int64
+    assert torch.equal(
+        (image * 255).round().permute(1, 2, 0).byte(), torch.from_numpy(every.cache.images[6].copy())
+    )
+
+
+def test_mistakes_are_told(trained, capsys):
+    config, path, _ = trained
+    assert main([str(config), "nowhere", str(path), "--eps", "0.1", "--device", "cpu"]) == 2
+    assert (
+        "row 'nowhere': there is none of that name; allowed: day, night, ensemble mean"
+        in capsys.readouterr().err
+    )
+    for keys in (["--eps", "0"], ["--eps", "1/0"], ["--eps", "0.1", "--epochs", "0"]):
+        with pytest.raises(SystemExit):
+            main([str(config), "day", str(path), *keys])
+    assert (number("8/255"), number("0.05")) == (8 / 255, 0.05)
