@@ -8,15 +8,28 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from engine.components import Component, Named, component, mistakes_of, signature_of, table_of
+from engine.components import Component, Named, component, listing, mistakes_of, signature_of, table_of
 from engine.errors import ConfigError, Interrupted, Mistake, UserError
 from engine.merge import MergeRules, override, read
-from engine.schema import Augment, Data, Evaluate, Evaluation, Gate, Pipeline, Run, Stage, Train, references
+from engine.schema import (
+    Adversarial,
+    Augment,
+    Data,
+    Evaluate,
+    Evaluation,
+    Gate,
+    Pipeline,
+    Run,
+    Stage,
+    Train,
+    references,
+)
 from engine.sections import ComponentSection, Config, Section
 from engine.values import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Size
 from engine.yaml_source import Node, Problem, Source, dump, from_plain, to_plain
 
 __all__ = [
+    "Adversarial",
     "Augment",
     "Component",
     "Config",
@@ -40,6 +53,7 @@ __all__ = [
     "component",
     "dump",
     "from_dict",
+    "listing",
     "load",
     "references",
     "signature_of",

@@ -133,7 +133,8 @@ class Training:
         frames = [frame.name for batch in batches for frame in batch.frames]
         at.rates = [phase.optimizer.param_groups[0]["lr"] for phase in self.phases]
         for phase, sums in zip(self.phases, self.state.sums, strict=True):
-            values = compute_gradients(phase, self.network, inputs, settings.precision == "bf16")
+            bf16 = settings.precision == "bf16"
+            values = compute_gradients(phase, self.network, inputs, bf16, at.images_seen)
             self.watch.add(f"step {at.step + 1} (epoch {at.epoch + 1}), phase {phase.name!r}", frames, values)
             if _looks_at_every_step(self.device):
                 self.watch.look()

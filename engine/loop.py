@@ -14,11 +14,16 @@ from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
 from engine.learner import Learner, Result, Training
 from engine.randomness import random_state, set_random_state, untouched_torch
+from engine.steps import PhaseLoss
 
 
-def supervised(loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Callable:
+def supervised(loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> PhaseLoss:
     """The phase loss that compares the network's logits with the labels."""
-    return lambda model, images, labels: loss(model(images), labels)
+    return PhaseLoss(
+        run=lambda model, images: model(images),
+        logits=lambda model, logits: logits,
+        loss=lambda model, logits, labels: loss(logits, labels),
+    )
 
 
 def optimizer_steps(batches, settings) -> int:

@@ -3,10 +3,10 @@
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, Field, PlainValidator, ValidationError
 
-from engine.components import Component, Named, mistakes_of
-from engine.errors import Mistake, Mistakes, closest, wrong
+from engine.components import Component, Named, mistakes_of, table_of
+from engine.errors import Mistake, Mistakes, closest, no_choice, wrong
 from engine.sections import ComponentSection, Config, Section
 from engine.values import (
     Bool,
@@ -173,6 +173,40 @@ class Cache(Section):
         return byte_count(self.budget)
 
 
+class Adversarial(Section):
+    """Training on attacked images: in each step some of the batch are attacked first, through all of the network."""
+
+    attack: Literal["pgd", "segpgd"] = Field(
+        description="what it raises, step by step: pgd cross-entropy (with loss: trades the divergence), segpgd "
+        "cross-entropy of the pixels that are still right first"
+    )
+    eps: Positive = Field(description="largest change, for pixels in [0, 1], such as 2/255")
+    steps: PositiveInt = Field(description="gradient steps from a random point; each costs a pass both ways")
+    step_size: Positive | None = Field(None, description="length of a step, like eps; null: 2.5 eps / steps")
+    norm: Literal["linf", "l2"] = Field(
+        "linf", description="eps bounds each value (linf), or the length (l2)"
+    )
+    clean_fraction: Probability = Field(0.5, description="share of the images that are left as they are")
+    loss: Literal["ce", "trades"] = Field(
+        "ce",
+        description="ce: train.loss of the images as attacked; trades: train.loss of the clean images, plus beta "
+        "times the divergence of the attacked ones' predictions from theirs",
+    )
+    beta: NonNegative = Field(6.0, description="weight of the divergence in loss: trades")
+
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        mistakes = []
+        eps = data.get("eps")
+        if data.get("norm", "linf") == "linf" and isinstance(eps, int | float) and eps >= 1:
+            told = f"{eps} lets every pixel become any other, as pixels are in [0, 1]; {eps}/255 may be meant"
+            mistakes.append(Mistake(("eps",), told))
+        default = cls.model_fields["beta"].default
+        if data.get("beta", default) != default and data.get("loss", "ce") == "ce":
+            mistakes.append(Mistake(("beta",), "has no effect without loss: trades"))
+        return mistakes
+
+
 class Train(Section):
     """How a network, or a gate over frozen experts, is trained."""
 
@@ -195,6 +229,13 @@ class Train(Section):
         None, description="epochs without improvement until the end; null: all"
     )
     eval_interval: PositiveInt = Field(1, description="epochs from one validation to the next")
+    adversarial: Annotated[
+        Adversarial | Literal["none"], PlainValidator(partial(_section_or_none, Adversarial))
+    ] = Field("none", description="attacks on the training images, or none")
+    start_from: Text | None = Field(
+        None,
+        description="run folder or checkpoint with the first weights, of an equal network; null: new ones",
+    )
     monitor: Literal["miou", "aacc", "macc", "fwiou"] = Field(
         "miou", description="validation figure of the best"
     )
@@ -205,6 +246,59 @@ class Train(Section):
     deterministic: Bool = Field(False, description="deterministic algorithms only, slower on GPU")
     tensorboard: Bool = Field(True, description="write TensorBoard files into the run folder")
     wandb: Bool = Field(False, description="log to Weights & Biases as well (package wandb)")
+
+
+def _images(value: Any) -> str | int:
+    if value in ("all", "blocks") or (type(value) is int and value > 0):
+        return value
+    raise Mistakes(wrong(value, "all, blocks, or a whole number above 0"))
+
+
+def _each_once(values: list[float]) -> list[float]:
+    if not values or len(set(values)) < len(values):
+        raise Mistakes(wrong(values, "at least one eps, each only once"))
+    return values
+
+
+def _corruptions(value: Any) -> str | list[str]:
+    if value in ("common", "all"):
+        return value
+    if not isinstance(value, list) or not value or len(set(map(str, value))) < len(value):
+        raise Mistakes(wrong(value, "common, all, or a list such as [fog, snow], each only once"))
+    known = _corruption_names("all")
+    unknown = [name for name in value if name not in known]
+    if unknown:
+        raise Mistakes(*(no_choice(name, known) for name in unknown))
+    return value
+
+
+def _corruption_names(names: str | list[str]) -> list[str]:
+    common, extra = table_of("dataloaders:CORRUPTIONS"), table_of("dataloaders:EXTRA_CORRUPTIONS")
+    return {"common": [*common], "all": [*common, *extra]}[names] if isinstance(names, str) else names
+
+
+def _severities(value: Any) -> list[int]:
+    whole = isinstance(value, list) and value and all(type(one) is int for one in value)
+    if whole and value == sorted(set(value) & set(range(1, 6))):
+        return value
+    raise Mistakes(wrong(value, "a list of whole numbers from 1 to 5, ascending, each only once"))
+
+
+class Corruptions(Section):
+    """Common corruptions of the images: noise, blur, weather, digital; a pass for each and each severity."""
+
+    names: Annotated[str | list[str], PlainValidator(_corruptions)] = Field(
+        "common", description="common (the 15), all (and the 4 extra ones), or a list such as [fog, snow]"
+    )
+    severities: Annotated[list[int], PlainValidator(_severities)] = Field(
+        [1, 2, 3, 4, 5], description="how strong, from 1 to 5"
+    )
+    seed: Int = Field(0, description="seed of what is random in them; each image has its own numbers")
+
+    @property
+    def chosen(self) -> list[str]:
+        """The names, one by one."""
+        return _corruption_names(self.names)
 
 
 class Evaluate(Section):
@@ -220,13 +314,61 @@ class Evaluate(Section):
         "nan",
         description="a class without pixels in mIoU: left out, 0, 1; gt_only counts those with ground truth",
     )
-    attacks: list[Attack] = Field([{"name": "clean"}], description="attacks to evaluate under", min_length=1)
+    suite: Literal["none", "quick", "standard", "sea"] = Field(
+        "none",
+        description="attacks on every network, about 60, 400 and 1100 passes per image and eps; what they are: "
+        "python -m evaluation.suites",
+    )
+    eps: Annotated[list[Positive], AfterValidator(_each_once)] = Field(
+        [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255],
+        description="largest changes that attacks may make, for pixels in [0, 1], such as [0.5/255, 1/255]",
+    )
+    norm: Literal["linf", "l2"] = Field(
+        "linf", description="eps bounds each value (linf), or the length (l2)"
+    )
+    attacks: list[Attack] = Field([], description="further attacks, beside those of the suite")
+    attack_rows: list[Text] | None = Field(
+        None, description="rows to attack; null: all baselines, experts, ensembles and gates"
+    )
+    attack_images: Annotated[str | int, PlainValidator(_images)] = Field(
+        "all",
+        description="all, blocks (a frame of each block of neighbours), or a number of frames far apart",
+    )
+    attack_batch_size: PositiveInt = Field(4, description="frames attacked together: part of the result")
+    attack_seed: Int = Field(0, description="seed of random starts")
+    attack_checks: Bool = Field(
+        True,
+        description="check the attacked networks on two images: gradients, batches, an implanted weakness",
+    )
+    adversarials: Literal["none", "uint8", "float32"] = Field(
+        "none",
+        description="keep attacked images beside the ledger; uint8: they are rounded, inside eps, before scoring",
+    )
+    corruptions: Annotated[
+        Corruptions | Literal["none"], PlainValidator(partial(_section_or_none, Corruptions))
+    ] = Field("none", description="corruptions of the images to evaluate under, or none")
     precision: Precision = Field("fp32", description="arithmetic of the forward pass")
     overlays: NonNegativeInt = Field(4, description="frames of each subset to draw")
     controls: Bool = Field(
         True, description="rows a gate must beat: constant weights, true subset, random gate"
     )
     ceilings: Bool = Field(True, description="rows that bound a gate: oracle_expert, best_gate")
+
+
+def _run_or_network(value: Any) -> str | Component:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, dict | Component):
+        told = "a run folder, a checkpoint file, or a network such as {name: external, file: FILE}"
+        raise Mistakes(wrong(value, told))
+    network = Named("networks:NETWORKS").validate(value)
+    if network.name != "external":
+        told = f"{network.name} has no weights of its own; name the run folder of a trained one"
+        raise Mistakes(Mistake(("name",), told))
+    return network
+
+
+Source = Annotated[str | Component, PlainValidator(_run_or_network)]
 
 
 class Run(Config):
@@ -236,8 +378,9 @@ class Run(Config):
     output: Text = Field("runs", description="folder of the run folders")
     data: Data = Field(description="data set and how its frames reach the network")
     network: Network | None = Field(None, description="network to train, or what the experts are")
-    experts: dict[Name, Text] = Field(
-        default_factory=dict, description="frozen networks to join: name -> run folder or checkpoint file"
+    experts: dict[Name, Source] = Field(
+        default_factory=dict,
+        description="frozen networks to join: name -> run folder, checkpoint file, or an external network",
     )
     gate: Gate | None = Field(None, description="gate to train over the experts")
     gates: dict[Name, Gate] | None = Field(
@@ -253,11 +396,27 @@ class Run(Config):
     train: Train | None = Field(None, description="training; null: the run can only be evaluated")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation")
 
+    @property
+    def starts(self) -> dict[str, str]:
+        """Role -> run folder or checkpoint that a training starts from: one, or one for each of several gates, the
+        folder of its name in train.start_from."""
+        start = self.train and self.train.start_from
+        if not start:
+            return {}
+        return {f"start_from/{name}": f"{start}/{name}" for name in self.gates or ()} or {"start_from": start}
+
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
         if data.get("cache", "none") != "none" and (not data.get("experts") or "ensemble" in data):
             return [
                 Mistake(("cache",), "needs experts and a gate to train: it keeps what frozen experts say")
+            ]
+        train = data.get("train") if isinstance(data.get("train"), dict) else {}
+        if data.get("cache", "none") != "none" and train.get("adversarial") not in (None, "none"):
+            return [
+                Mistake(
+                    ("cache",), "stands beside train.adversarial: what experts say changes with the attack"
+                )
             ]
         if "shared_encoder" in data:
             return _mistakes_around_shared_encoder(data)
@@ -314,13 +473,13 @@ class Evaluation(Config):
     name: Name = Field(description="name of the evaluation; its folder is OUTPUT/NAME")
     output: Text = Field("runs", description="folder of the run folders")
     data: Data = Field(description="data set and how its frames reach the network")
-    baselines: dict[Name, Text] = Field(
+    baselines: dict[Name, Source] = Field(
         default_factory=dict,
-        description="networks trained on all subsets: row -> run folder or checkpoint file",
+        description="networks trained on all subsets: row -> run folder, checkpoint file, or a network section such as "
+        "{name: external, file: my_net.py} that brings its own weights",
     )
-    experts: dict[Name, Text] = Field(
-        default_factory=dict,
-        description="networks trained on one subset: row -> run folder or checkpoint file",
+    experts: dict[Name, Source] = Field(
+        default_factory=dict, description="networks trained on one subset: row -> as in baselines"
     )
     gates: dict[Name, Text] = Field(
         default_factory=dict, description="gates over these experts: row -> run folder or checkpoint file"

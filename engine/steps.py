@@ -1,7 +1,8 @@
 """One optimiser step: gradients of a phase over its micro-batches, and the watch for NaN and inf."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ class Phase:
     loss(model, inputs, labels) gives (sum, count) for int64 labels and what `prepare` of fit made of a batch:
     float images [B, 3, H, W] in [0, 1] unless told otherwise.
     The parameters are those of the optimizer; no others get a gradient. The scheduler moves per step.
+    attack(model, inputs, labels, first) gives what the loss gets instead of the inputs; first is the number of
+    their first image, counted through the whole training.
     """
 
     name: str
@@ -26,18 +29,52 @@ class Phase:
     parameters: Sequence[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    attack: Callable[[nn.Module, Any, Tensor, int], Any] | None = None
+
+
+@dataclass(frozen=True)
+class PhaseLoss:
+    """The loss of a phase in its parts: run(model, inputs) -> outputs, logits(model, outputs) -> [B, K, *S] in
+    float32, and loss(model, outputs, labels) -> (sum, count). Gradients reach images that ask for one."""
+
+    run: Callable[[nn.Module, Any], Any]
+    logits: Callable[[nn.Module, Any], Tensor]
+    loss: Callable[[nn.Module, Any, Tensor], tuple[Tensor, Tensor]]
+
+    def __call__(self, model: nn.Module, inputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.loss(model, self.run(model, inputs), labels)
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """The modules are in evaluation mode inside the block, and afterwards in the mode that they were in."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def compute_gradients(
-    phase: Phase, network: nn.Module, inputs: Sequence[tuple[Any, Tensor]], bf16: bool = False
+    phase: Phase,
+    network: nn.Module,
+    inputs: Sequence[tuple[Any, Tensor]],
+    bf16: bool = False,
+    first: int = 0,
 ) -> Tensor:
     """Leaves in the phase's parameters the gradient of sum / count over all micro-batches together.
 
-    inputs: (inputs of the loss, int64 labels) of each micro-batch. Returns float64 (sum, count, gradient
-    norm)."""
+    inputs: (inputs of the loss, int64 labels) of each micro-batch; first: the number of their first image in
+    the training, which only an attack looks at. Returns float64 (sum, count, gradient norm)."""
     phase.optimizer.zero_grad()
     total = count = torch.zeros((), dtype=torch.float64, device=inputs[0][1].device)
     for prepared, labels in inputs:
+        if phase.attack:
+            prepared = phase.attack(network, prepared, labels, first)
+            first += len(labels)
         with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
             loss, number = phase.loss(network, prepared, labels)
         loss.backward(inputs=list(phase.parameters))

@@ -3,6 +3,8 @@
 NETWORKS = {
     "deeplabv3plus": "networks.deeplab:DeepLabV3Plus",
     "frrn": "networks.frrn:FRRN",
+    "smp": "networks.smp:SMP",
+    "external": "networks.external:External",
 }
 
 GATES = {

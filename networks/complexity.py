@@ -5,6 +5,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from networks.external import External
+
 
 def parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters; buffers are not counted."""
@@ -16,14 +18,20 @@ def gmacs(model: nn.Module, size: tuple[int, int]) -> float:
     """Billions of multiply-adds of one forward pass in evaluation mode, for one image of (height, width).
 
     Convolutions and matrix products count (2 FLOPs are 1 multiply-add); normalisation, activations, pooling,
-    interpolation and softmax do not. Nothing is computed: the pass runs on the meta device.
+    interpolation and softmax do not. Nothing is computed: the pass runs on the meta device, but for networks of
+    others, whose code may need numbers.
     """
-    state = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    state, device = {}, next(model.buffers(), torch.empty(0)).device
+    if not any(isinstance(module, External) for module in model.modules()):
+        device = torch.device("meta")
+        state = {
+            name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model, state, (torch.empty(1, 3, *size, device="meta"),))
+            functional_call(model, state, (torch.zeros(1, 3, *size, device=device),))
     finally:
         for module in training:
             module.training = True

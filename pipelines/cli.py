@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 
 from engine.config import Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
 
-# The networks that a family's train and evaluate scripts take.
-FAMILIES = {"deeplab": ("deeplabv3plus",), "frrn": ("frrn",)}
+# The networks that a family's train and evaluate scripts take; those of other makers go with the first.
+FAMILIES = {"deeplab": ("deeplabv3plus", "smp", "external"), "frrn": ("frrn",)}
 
 # What a command runs, imported when the config is known to be right.
 COMMANDS = {

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from engine.config import Gate, Run, from_dict
+from engine.steps import PhaseLoss
 from engine.temperatures import fit_temperatures
+from networks.mixture import Mixture
 from networks.moe import ExpertOutputs, MixtureOfExperts
 from networks.routing import routing_penalty
 
@@ -17,12 +19,14 @@ def runs_in(config: Run) -> list[Run]:
     """The run itself, or one for each of its gates as if it were trained alone in the folder NAME/gate."""
     if not config.gates:
         return [config]
-    whole = config.resolved()
-    gates = whole.pop("gates")
-    return [
-        from_dict({**whole, "name": f"{config.name}/{name}", "gate": gate}, "run", origin=config.name)
-        for name, gate in gates.items()
-    ]
+    runs = []
+    for name in config.gates:
+        run = config.resolved()
+        run |= {"name": f"{config.name}/{name}", "gate": run.pop("gates")[name]}
+        if config.starts:
+            run["train"]["start_from"] = config.starts[f"start_from/{name}"]
+        runs.append(from_dict(run, "run", origin=config.name))
+    return runs
 
 
 def gate_loss(loss: Callable, gate: Gate) -> Callable:
@@ -45,6 +49,20 @@ def gate_loss(loss: Callable, gate: Gate) -> Callable:
         return total + count * routing_penalty(weights, gate.balance, gate.entropy), count
 
     return value
+
+
+def loss_of_images(mixed: Callable) -> PhaseLoss:
+    """The phase loss (mixture, images, labels) -> (sum, count) that runs the experts itself.
+
+    mixed: of (mixture, experts' outputs, labels), as gate_loss gives it."""
+    return PhaseLoss(
+        run=lambda mixture, images: mixture.run_experts(images), logits=mixture_logits, loss=mixed
+    )
+
+
+def mixture_logits(mixture: Mixture, outputs: ExpertOutputs) -> Tensor:
+    """[B, C, H, W]"""
+    return mixture.combine(outputs)[0]
 
 
 def reduced(labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

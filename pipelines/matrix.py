@@ -1,6 +1,6 @@
 """An evaluation config as networks that run and rows that read what they said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -129,8 +129,8 @@ class Zoo:
                     own.parameters,
                     own.trained_parameters,
                     own.gmacs,
-                    own.images_seen + sum(part.images_seen for part in parts),
-                    own.steps + sum(part.steps for part in parts),
+                    total(part.images_seen for part in (own, *parts)),
+                    total(part.steps for part in (own, *parts)),
                 )
             else:
                 parts = [networks[name] for name in row.experts]
@@ -138,8 +138,8 @@ class Zoo:
                     sum(part.parameters for part in parts),
                     0,
                     sum(part.gmacs for part in parts),
-                    sum(part.images_seen for part in parts),
-                    sum(part.steps for part in parts),
+                    total(part.images_seen for part in parts),
+                    total(part.steps for part in parts),
                 )
         return costs
 
@@ -147,6 +147,12 @@ class Zoo:
 def is_whole(trained: Trained) -> bool:
     """Whether a mixture was trained in one run with its experts."""
     return "shared_encoder" in trained.metadata
+
+
+def total(counts: Iterable[int | None]) -> int | None:
+    """The sum, None where one of them is not known."""
+    counts = list(counts)
+    return None if None in counts else sum(counts)
 
 
 def cost_of(trained: Trained, size: tuple[int, int]) -> Cost:
@@ -168,8 +174,8 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
     Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert."""
     networks: dict[str, Trained] = {}
     for group, runs in (("baselines", config.baselines), ("experts", config.experts)):
-        for name, path in runs.items():
-            networks[name] = load_network(path, f"{group}.{name}")
+        for name, source in runs.items():
+            networks[name] = load_network(source, f"{group}.{name}", index.classes)
             require_classes(networks[name], index.classes, f"{group}.{name}", f"of data {index.name}")
     gates = {}
     for name, path in config.gates.items():
@@ -201,16 +207,19 @@ def constant_candidates(zoo: Zoo) -> dict[str, tuple[float, ...]]:
 def as_evaluation(config: Run) -> Evaluation:
     """The evaluation of one run: the network alone, or a gate or ensemble beside its experts."""
     folder, row = f"{config.output}/{config.name}", config.name.split("/")[-1]
+    whole = config.resolved()
+    experts = whole["experts"]
     models: Mapping
     if config.gate:
-        models = {"experts": config.experts, "gates": {row: folder}}
+        models = {"experts": experts, "gates": {row: folder}}
     elif config.gates:
-        models = {"experts": config.experts, "gates": {name: f"{folder}/{name}" for name in config.gates}}
+        models = {"experts": experts, "gates": {name: f"{folder}/{name}" for name in config.gates}}
     elif config.ensemble:
-        models = {"experts": config.experts, "ensembles": [config.ensemble.name]}
+        models = {"experts": experts, "ensembles": [config.ensemble.name]}
+    elif config.network.name == "external" and config.train is None:
+        models = {"baselines": {row: config.network.plain()}}
     else:
         alone = len(config.data.subsets) == 1 and config.data.subsets != ["all"]
         models = {"experts" if alone else "baselines": {row: folder}}
-    whole = config.resolved()
     shared = {key: whole[key] for key in ("name", "output", "data", "evaluate")}
     return from_dict({**shared, **models}, "evaluation", origin=config.name)

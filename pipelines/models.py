@@ -1,16 +1,20 @@
 """Networks from configs and from checkpoints; a gate is only ever put on the experts it was trained with."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from engine.checkpoints import load_weights, tensors_sha256
-from engine.config import Component, Gate, UserError, component
+from engine.checkpoints import copy_tensors, load_weights, tensors_sha256
+from engine.config import Component, Gate, Run, UserError, component
+from networks.complexity import parameters
 from networks.moe import Frozen, MixtureOfExperts, gate_channels
 
 NETWORKS = "networks:NETWORKS"
+# Arguments of a network that change how it is trained, not what it computes.
+FREE_ARGUMENTS = ("pretrained", "checkpointing")
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,14 @@ def read_checkpoint(path: str, key: str) -> tuple[Path, dict, dict]:
     return file, *load_weights(file)
 
 
-def load_network(path: str, key: str) -> Trained:
-    """A trained expert or baseline. Raises UserError for a missing or damaged file, and for a gate's."""
-    file, tensors, metadata = read_checkpoint(path, key)
+def load_network(source: str | Component, key: str, classes: Sequence[str] = ()) -> Trained:
+    """A trained expert or baseline: of a run folder or checkpoint, or an external network with weights of its own,
+    which is taken to have these classes.
+
+    Raises UserError for a missing or damaged file, and for a gate's."""
+    if isinstance(source, Component):
+        return load_external(source, classes)
+    file, tensors, metadata = read_checkpoint(source, key)
     if "gate" in metadata:
         what = "a mixture" if "shared_encoder" in metadata else "a gate"
         raise UserError(f"{key}: {file} holds {what}, not a network; name the run of an expert or a baseline")
@@ -52,11 +61,43 @@ def load_network(path: str, key: str) -> Trained:
     return Trained(file, Frozen(network), metadata, tensors_sha256(tensors))
 
 
+def load_external(network: Component, classes: Sequence[str]) -> Trained:
+    """A network that brings its own weights. What identifies it are the SHA-256 of its file and of its tensors."""
+    module = network.build(len(classes)).eval()
+    total, trained = parameters(module)
+    metadata = {
+        "classes": list(classes),
+        "subsets": [],  # that it was trained on: unknown
+        "network": network.plain(),
+        "parameters": total,
+        "trained_parameters": trained,
+        "budget": {"images": None, "steps": None},
+        "file_sha256": module.file_sha256,
+        "tensors_sha256": tensors_sha256(module.state_dict()),
+    }
+    both = f"{metadata['file_sha256']} {metadata['tensors_sha256']}"
+    adaptive = hasattr(module, "gate_logits") or hasattr(module, "expert_logits")  # which Frozen would hide
+    frozen = module.requires_grad_(False) if adaptive else Frozen(module)
+    return Trained(Path(network.args["file"]), frozen, metadata, hashlib.sha256(both.encode()).hexdigest())
+
+
 def stored_network(metadata: dict) -> Component:
     """The network that a checkpoint describes; its weights come from there, nothing is to be downloaded."""
     arguments = dict(metadata["network"])
-    if "pretrained" in arguments:
-        arguments["pretrained"] = "none"
+    return without_pretrained(component(NETWORKS, arguments.pop("name"), **arguments))
+
+
+def without_pretrained(network: Component) -> Component:
+    """The same network with first weights of its own."""
+    bare = {"pretrained": "none"} if "pretrained" in network.args else {}
+    return replace(network, args={**network.args, **bare})
+
+
+def source_of(stored: str | dict) -> str | Component:
+    """Where a checkpoint says that a network is from: a path as it is, a network section as a component."""
+    if isinstance(stored, str):
+        return stored
+    arguments = dict(stored)
     return component(NETWORKS, arguments.pop("name"), **arguments)
 
 
@@ -75,6 +116,12 @@ def build_mixture(experts: Mapping[str, Trained], gate: Gate) -> MixtureOfExpert
     for name in others:
         require_classes(experts[name], experts[first].classes, f"experts.{name}", f"of experts.{first}")
     networks = {name: trained.network for name, trained in experts.items()}
+    for name, network in networks.items():
+        if gate.input == "features" and not network.feature_channels:
+            raise UserError(
+                f"experts.{name}: {experts[name].file} offers no features for a gate to read; set gate.input: logits "
+                "or gate.input: image"
+            )
     num_classes = len(experts[first].classes)
     head = gate.component.build(gate_channels(networks, num_classes, gate.input), len(networks), num_classes)
     return MixtureOfExperts(networks, head, num_classes, **mixture_arguments(gate))
@@ -104,7 +151,7 @@ def load_gate(
     experts = {}
     for expert in metadata["experts"]:
         trained = by_hash.get(expert["sha256"]) or load_network(
-            expert["path"], f"{key}: experts.{expert['name']}"
+            source_of(expert["path"]), f"{key}: experts.{expert['name']}", metadata["classes"]
         )
         if trained.sha256 != expert["sha256"]:
             raise UserError(
@@ -120,6 +167,40 @@ def load_gate(
             f"{key}: {file} doesn't fit its own description: {str(error).splitlines()[-1].strip()}"
         ) from None
     return Trained(file, mixture.eval().requires_grad_(False), metadata, tensors_sha256(tensors)), experts
+
+
+def start_from(run: Run, model: nn.Module, live: Mapping[str, Tensor], classes: tuple[str, ...]) -> None:
+    """Copies the weights of train.start_from into the live tensors of an untrained network or mixture.
+
+    Raises UserError where they belong to something else: a gate instead of a network, another architecture,
+    other experts or classes."""
+    key = "train.start_from"
+    file, tensors, metadata = read_checkpoint(run.train.start_from, key)
+    kinds = ("shared_encoder", "gate", "network")
+    stored, wanted = (next(kind for kind in kinds if about.get(kind)) for about in (metadata, vars(run)))
+    if stored != wanted:
+        raise UserError(f"{key}: {file} holds a {stored}, and a {wanted} is to be trained; name another run")
+    trained = Trained(file, model, metadata, metadata["tensors_sha256"])
+    require_classes(trained, classes, key, f"of data {run.data.name}")
+    if run.network and "network" in metadata:
+        require_network(trained, run.network, key)
+    if wanted != "network":
+        experts = [one["name"] for one in metadata.get("experts", ())] or metadata[wanted]["decoders"]
+        if experts != list(model.expert_names):
+            raise UserError(
+                f"{key}: {file} joins {', '.join(experts)}; here it is {', '.join(model.expert_names)}"
+            )
+    copy_tensors(live, tensors, f"{key}: {file}")
+
+
+def require_network(trained: Trained, wanted: Component, key: str) -> None:
+    """UserError where a network was built with other arguments that matter."""
+    asked = wanted.plain()
+    for name, stored in trained.metadata["network"].items():
+        if name not in FREE_ARGUMENTS and stored != asked.get(name):
+            raise UserError(
+                f"{key}: {trained.file} was built with network.{name}: {stored}, the config says {asked.get(name)}"
+            )
 
 
 def require_classes(trained: Trained, classes: tuple[str, ...], key: str, owner: str) -> None:

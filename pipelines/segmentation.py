@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
+from engine.adversarial import Adversary
+from engine.checkpoints import load_metadata
 from engine.config import Data, Run, UserError
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
@@ -26,11 +28,18 @@ from networks.complexity import gmacs, parameters
 from networks.mixture import ExpertOutputs, Mixture
 from pipelines import shared_encoder
 from pipelines.expert_outputs import open_source, refuse_too_little
-from pipelines.gates import calibrate, gate_loss, runs_in
-from pipelines.models import Trained, build_mixture, load_network, require_classes
-
-# Arguments of a network that change how it is trained, not what it computes.
-FREE_IN_EXPERTS = ("pretrained", "checkpointing")
+from pipelines.gates import calibrate, gate_loss, loss_of_images, runs_in
+from pipelines.models import (
+    Trained,
+    build_mixture,
+    load_network,
+    require_classes,
+    require_network,
+    start_from,
+    weights_file,
+    without_pretrained,
+)
+from pipelines.robust_validation import attacked_confusion
 
 
 def train(config: Run, options) -> list[Result] | None:
@@ -76,22 +85,26 @@ def train(config: Run, options) -> list[Result] | None:
         source = open_source(config, models, experts, batches, held_out_batches, device, folders[0].log)
         prepare, looking = source.training, source.validation
         calibrate(models, held_out_batches, looking, device)
+        if settings.adversarial != "none":
+            prepare = images_of  # each gate attacks its own mixture, so experts run in its loss
     loss = settings.loss.build(torch.from_numpy(batches.cache.class_pixels()), index.ignore_index)
     learners = []
     for run, folder, model, random in zip(runs, folders, models, states, strict=True):
         about = description(run, index, model, frames, experts)
         steps = optimizer_steps(batches, settings)
+        about["class_pixels"] = batches.cache.class_pixels().tolist()  # weights of class-balanced attacks
         about["budget"] = {"steps": steps, "images": settings.epochs * settings.batch_size * len(batches)}
         learners.append(
             Learner(
                 model,
-                phases_of(run, model, loss, steps, device),
+                phases_of(run, model, loss, steps, device, index.ignore_index),
                 folder,
                 weights=lambda model, about=about: (live_tensors(model), about),
                 state=live_tensors,
                 identity={
                     "data": about["data"],
                     **{f"experts.{name}": one.sha256 for name, one in experts.items()},
+                    **{role: one["sha256"] for role, one in about.get("start_from", {}).items()},
                 },
                 random=random,
             )
@@ -110,7 +123,7 @@ def train(config: Run, options) -> list[Result] | None:
         validator(config, index, held_out_batches, device, looking, alarm),
         settings,
         device,
-        metrics=tuple(METRICS),
+        metrics=[*METRICS, *([] if settings.adversarial == "none" else ["robust_miou"])],
         prepare=prepare,
     )
 
@@ -121,16 +134,21 @@ def build(run: Run, experts: dict[str, Trained], index: FrameIndex) -> tuple[nn.
     if run.gate and run.gate.seed is not None:
         seed = run.gate.seed
     seed_everything(seed, run.train.deterministic)
+    network = without_pretrained(run.network) if run.starts and run.network else run.network
     if run.shared_encoder:
-        model = shared_encoder.build(run.network, run.gate, index.num_classes, run.data.subsets)
+        model = shared_encoder.build(network, run.gate, index.num_classes, run.data.subsets)
     else:
-        model = build_mixture(experts, run.gate) if run.gate else run.network.build(index.num_classes)
+        model = build_mixture(experts, run.gate) if run.gate else network.build(index.num_classes)
+    if run.starts:
+        start_from(run, model, live_tensors(model), tuple(index.classes))
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"{run.name}: a uniform gate without conv has nothing to train; set conv: true")
     return model, random_state()
 
 
-def phases_of(run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device) -> list[Phase]:
+def phases_of(
+    run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device, ignore_index: int = 255
+) -> list[Phase]:
     """What is trained in a step: a network, a gate, or what a shared encoder's training asks for."""
     settings = run.train
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
@@ -140,12 +158,17 @@ def phases_of(run: Run, model: nn.Module, loss: Callable, steps: int, device: to
     if run.shared_encoder:
         parts = shared_encoder.phases(model, run.shared_encoder.training, loss, gate_loss(loss, run.gate))
     elif run.gate:
-        parts = [("gate", gate_loss(loss, run.gate), trained)]
+        mixed = gate_loss(loss, run.gate)
+        parts = [("gate", mixed if settings.adversarial == "none" else loss_of_images(mixed), trained)]
     phases = []
     for name, value, own in parts:
         recipe = (run.gate.optimizer if name == "gate" else None) or settings.optimizer
         optimizer = recipe.build(own)
-        phases.append(Phase(name, value, own, optimizer, settings.schedule.build(optimizer, steps)))
+        phase = Phase(name, value, own, optimizer, settings.schedule.build(optimizer, steps))
+        if settings.adversarial != "none":
+            adversary = Adversary(settings.adversarial, value, ignore_index, settings.seed)
+            phase.loss, phase.attack = adversary.loss, adversary.attack
+        phases.append(phase)
     return phases
 
 
@@ -180,20 +203,14 @@ def refuse_bad_data(index: FrameIndex) -> None:
 
 def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
     """The frozen experts of a gate. UserError where one has other classes or another architecture than told."""
-    experts = {name: load_network(path, f"experts.{name}") for name, path in config.experts.items()}
+    experts = {
+        name: load_network(source, f"experts.{name}", index.classes)
+        for name, source in config.experts.items()
+    }
     for name, expert in experts.items():
         require_classes(expert, index.classes, f"experts.{name}", f"of data {index.name}")
-        wanted = config.network.plain() if config.network else expert.metadata["network"]
-        other = {
-            key: (value, wanted.get(key))
-            for key, value in expert.metadata["network"].items()
-            if key not in FREE_IN_EXPERTS and value != wanted.get(key)
-        }
-        if other:
-            key, (stored, asked) = next(iter(other.items()))
-            raise UserError(
-                f"experts.{name}: {expert.file} was built with network.{key}: {stored}, the config says {asked}"
-            )
+        if config.network:
+            require_network(expert, config.network, f"experts.{name}")
     return experts
 
 
@@ -215,6 +232,9 @@ def description(
         recipe["data"].pop(key)
     if config.cache == "none" or config.cache.content == "float32":  # exact: nothing is different
         recipe.pop("cache")
+    for key in ("adversarial", "start_from"):
+        if recipe["train"][key] in ("none", None):
+            recipe["train"].pop(key)
     total, trained = parameters(model)
     about = {
         "config": recipe,
@@ -224,6 +244,11 @@ def description(
         "parameters": total,
         "trained_parameters": trained,
     }
+    if config.starts:
+        about["start_from"] = {
+            role: {"path": path, "sha256": load_metadata(weights_file(path))["tensors_sha256"]}
+            for role, path in config.starts.items()
+        }
     if config.shared_encoder:
         return {**about, **shared_encoder.description(config, model)}
     if not config.gate:
@@ -233,9 +258,9 @@ def description(
             "std": normalize.std.flatten().tolist(),
         }
         return {**about, "network": config.network.plain()}
+    sources = config.resolved()["experts"]
     chosen = [
-        {"name": name, "path": config.experts[name], "sha256": expert.sha256}
-        for name, expert in experts.items()
+        {"name": name, "path": sources[name], "sha256": expert.sha256} for name, expert in experts.items()
     ]
     return {**about, "gate": config.gate.plain(), "experts": chosen}
 
@@ -248,7 +273,8 @@ def validator(
     prepare: Callable = images_of,
     alarm: Callable[[nn.Module, numpy.ndarray], None] = lambda model, weights: None,
 ) -> Callable:
-    """validate(models) -> every metric of each on the validation frames at the network's resolution.
+    """validate(models) -> every metric of each on the validation frames at the network's resolution; in
+    adversarial training also robust_miou, see pipelines.robust_validation.
 
     Absent classes count as evaluate.absent says. alarm gets each mixture with its weights [N, E, K] of all
     frames."""
@@ -271,7 +297,12 @@ def validator(
         for model, route in zip(models, routes, strict=True):
             if route:
                 alarm(model, torch.cat(route).cpu().numpy())
-        return [figures(count.cpu().numpy(), config.evaluate.absent) for count in counts]
+        found = [figures(count.cpu().numpy(), config.evaluate.absent) for count in counts]
+        if config.train.adversarial != "none":
+            attacked = attacked_confusion(models, index, batches, config.train, device)
+            for one, matrix in zip(found, attacked, strict=True):
+                one["robust_miou"] = figures(matrix, config.evaluate.absent)["miou"]
+        return found
 
     return validate
 

@@ -1,7 +1,6 @@
 """Mixtures with a shared encoder: from configs and checkpoints, and their losses in separate and joint training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 
 from engine.checkpoints import tensors_sha256
 from engine.config import Component, Gate, Run
-from engine.loop import images_of
+from engine.loop import images_of, supervised
+from engine.steps import PhaseLoss, evaluating
 from networks.complexity import parameters
 from networks.moe import ExpertOutputs, gate_channels
 from networks.shared_encoder import SharedEncoderMixture
-from pipelines.models import Trained, load_tensors, mixture_arguments, stored_network
+from pipelines.gates import loss_of_images, mixture_logits
+from pipelines.models import Trained, load_tensors, mixture_arguments, stored_network, without_pretrained
 
-PhaseParts = tuple[str, Callable, list[nn.Parameter]]  # name, loss(model, inputs, labels), what it trains
+PhaseParts = tuple[str, PhaseLoss, list[nn.Parameter]]  # name, loss(model, inputs, labels), what it trains
 
 
 @dataclass
@@ -27,11 +28,13 @@ class OwnImages:
     images: Tensor  # [B, 3, H, W] in [0, 1]
     decoders: list[int]
 
+    def __getitem__(self, rows: Tensor) -> "OwnImages":
+        return OwnImages(self.images[rows], [self.decoders[row] for row in rows.tolist()])
+
 
 def build(network: Component, gate: Gate, num_classes: int, names: Sequence[str]) -> SharedEncoderMixture:
     """An untrained mixture with a decoder of each name, each with first weights of its own."""
-    bare = {"pretrained": "none"} if "pretrained" in network.args else {}
-    others = replace(network, args={**network.args, **bare})  # only their decoders are used
+    others = without_pretrained(network)  # only their decoders are used
     networks = {name: (others if place else network).build(num_classes) for place, name in enumerate(names)}
     readers = networks if gate.input == "logits" else {names[0]: networks[names[0]]}  # one feature map
     head = gate.build(gate_channels(readers, num_classes, gate.input), len(names), num_classes)
@@ -79,7 +82,7 @@ def phases(
     (where there is anything to train in them). Inputs are `OwnImages`.
     """
     if training == "joint":
-        return [("mixture", joint_loss(mixed), list(mixture.parameters()))]
+        return [("mixture", loss_of_images(mixed), list(mixture.parameters()))]
     own, on_top = separate_losses(loss, mixed)
     gate = [*mixture.gate.parameters(), *mixture.conv.parameters()]
     return [
@@ -88,43 +91,27 @@ def phases(
     ]
 
 
-def joint_loss(mixed: Callable) -> Callable:
-    return lambda mixture, images, labels: mixed(mixture, mixture.run_experts(images), labels)
-
-
-def separate_losses(loss: Callable, mixed: Callable) -> tuple[Callable, Callable]:
+def separate_losses(loss: Callable, mixed: Callable) -> tuple[PhaseLoss, PhaseLoss]:
     """The losses (mixture, OwnImages, labels) -> (sum, count) of the decoders, and of the gate on top of them.
 
     The gate learns to mix what encoder and decoders say in evaluation mode, as they will when it is used; its
     loss leaves them as they are, BatchNorm's running statistics included, and gives them no gradient.
     """
-
-    def own(mixture: SharedEncoderMixture, inputs: OwnImages, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return loss(mixture.forward_own(inputs.images, inputs.decoders), labels)
-
-    def on_top(mixture: SharedEncoderMixture, inputs: OwnImages, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return mixed(mixture, settled_outputs(mixture, inputs.images), labels)
-
+    own = replace(
+        supervised(loss), run=lambda mixture, inputs: mixture.forward_own(inputs.images, inputs.decoders)
+    )
+    on_top = PhaseLoss(
+        run=lambda mixture, inputs: settled_outputs(mixture, inputs.images),
+        logits=mixture_logits,
+        loss=mixed,
+    )
     return own, on_top
 
 
 def settled_outputs(mixture: SharedEncoderMixture, images: Tensor) -> ExpertOutputs:
-    """What the decoders say in evaluation mode, without gradients."""
-    with evaluating(mixture.encoder, mixture.decoders), torch.no_grad():
+    """What the decoders say in evaluation mode, without gradients but to images that ask for one."""
+    with evaluating(mixture.encoder, mixture.decoders), torch.set_grad_enabled(images.requires_grad):
         return mixture.run_experts(images)
-
-
-@contextmanager
-def evaluating(*modules: nn.Module) -> Iterator[None]:
-    """The modules are in evaluation mode inside the block, and afterwards in the mode that they were in."""
-    training = [part for module in modules for part in module.modules() if part.training]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 def own_images(mixture: SharedEncoderMixture) -> Callable:

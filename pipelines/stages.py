@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoints import atomic_write, load_metadata
-from engine.config import Evaluation, Pipeline, Run, UserError, load, references
+from engine.config import Component, Evaluation, Pipeline, Run, UserError, load, references
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
@@ -24,6 +24,7 @@ PLACES = (
     "train.tensorboard",
     "train.wandb",
     "train.save_steps",
+    "train.start_from",  # its weights' hash does
 )
 
 
@@ -47,11 +48,11 @@ class Stage:
         return "gate" if self.config.experts or self.config.shared_encoder else "network"
 
     @property
-    def weights(self) -> dict[str, str]:
-        """Role -> run folder or checkpoint file of every network that the stage takes in."""
+    def weights(self) -> dict[str, str | Component]:
+        """Role -> run folder, checkpoint file or external network: all networks that the stage takes in."""
         config = self.config
         if isinstance(config, Run):
-            return dict(config.experts)
+            return {**config.experts, **config.starts}
         return {**config.baselines, **config.experts, **config.gates}
 
 
@@ -235,11 +236,16 @@ def data_hash(config: Run | Evaluation) -> str:
     return index.manifest(index.frames)
 
 
-def weights_hash(path: str) -> str | None:
-    """SHA-256 of a trained network's tensors, None where it is not trained yet."""
+def weights_hash(source: str | Component) -> str | None:
+    """SHA-256 of a trained network's tensors, None where it is not trained yet; of an external network one over its
+    section and the files that are named there."""
     from pipelines.models import weights_file
 
-    file = weights_file(path)
+    if isinstance(source, Component):
+        named = [Path(str(value)) for value in (source.args["file"], *(source.args["args"] or {}).values())]
+        files = [hashlib.sha256(file.read_bytes()).hexdigest() for file in named if file.is_file()]
+        return key_of({"network": source.plain(), "files": files})
+    file = weights_file(source)
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
 
 

@@ -105,7 +105,11 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
             "data.augment.scale: [1, 1, 1] is wrong; expected at most 2 entries",
         ),
         ("data.augment.scale=1", "data.augment.scale: 1 is wrong; expected a list such as [1, 2]"),
-        ("evaluate.attacks=[]", "evaluate.attacks: [] is wrong; expected at least 1 entries"),
+        ("evaluate.eps=[]", "evaluate.eps: [] is wrong; expected at least one eps, each only once"),
+        (
+            "evaluate.attack_images=0",
+            "evaluate.attack_images: 0 is wrong; expected all, blocks, or a whole number above 0",
+        ),
         ("data.component=1", None),
         ("name=../x", 'name: "../x" is wrong; expected a name of letters, digits and _ - . /'),
         (
@@ -129,7 +133,7 @@ def test_missing_keys_name_their_section(write):
     lines = refused(write("network: {backbone: resnet18}\ndata:\n  name: a2d2\n"))
     assert lines == [
         "config.yaml:1: name: missing; name of the run; its folder is OUTPUT/NAME",
-        "config.yaml:1: network.name: missing; allowed: deeplabv3plus, frrn",
+        "config.yaml:1: network.name: missing; allowed: deeplabv3plus, frrn, smp, external",
         "config.yaml:2: data.root: missing; a2d2 needs it",
         "config.yaml:2: data.image_size: missing; [height, width] of the network's input in pixels",
         "config.yaml:2: data.subsets: missing; subsets to train on, such as [highway, urban], or [all]",
@@ -374,7 +378,7 @@ def test_resolved_holds_defaults_and_numbers(write):
     assert resolved["train"]["optimizer"]["lr"] == 8 / 255
     assert resolved["train"]["schedule"]["name"] == "poly"
     assert resolved["data"]["image_size"] == [48, 64]
-    assert resolved["evaluate"]["attacks"] == [{"name": "clean"}]
+    assert resolved["evaluate"]["attacks"] == []
 
 
 def test_configs_with_other_values_differ(write):
@@ -408,7 +412,7 @@ SECTIONS = {name: section for kind in KINDS.values() for name, section in sectio
 def test_the_walk_over_sections_finds_them_all():
     assert set(SECTIONS) == {
         "Run", "Evaluation", "Pipeline", "Stage", "Data", "Augment", "Gate", "SharedEncoder", "Cache",
-        "Train", "Evaluate",
+        "Train", "Adversarial", "Evaluate", "Corruptions",
     }  # fmt: skip
 
 
