@@ -215,7 +215,7 @@ def test_two_processes_share_an_evaluation(workshop, evaluated, monkeypatch):
     units = read_units(folder / "ledger")
     assert all(unit.name in units for unit in units_of(read_manifest(folder / "ledger")))
     monkeypatch.delenv("WORLD_SIZE")
-    workshop.evaluate({**config, "name": "alone"})
-    alone = workshop.run("alone") / "evaluation" / "test"
+    workshop.evaluate({**config, "name": "attacked_alone"})
+    alone = workshop.run("attacked_alone") / "evaluation" / "test"
     for name in ("results.csv", "robustness.csv", "robustness.md", "winners.csv"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes()
