@@ -12,7 +12,7 @@ from engine.config import Component
 from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, attack_all
 from evaluation.robust_results import RobustResults
-from evaluation.robust_tables import robust_markdown, robust_rows, write_robust
+from evaluation.robust_tables import robust_rows, write_robust
 from evaluation.suites import extra_members, members, needs_class_weights
 from evaluation.targets import target_of
 
@@ -75,7 +75,8 @@ def evaluate(
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
         results = write_robust(place, place / "ledger")
-    return Report(results, robust_rows(results), robust_markdown(results))
+        markdown = (place / "robustness.md").read_text(encoding="utf-8")
+    return Report(results, robust_rows(results), markdown)
 
 
 @dataclass(frozen=True)
