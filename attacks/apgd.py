@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.pgd import raise_loss
-from attacks.pixel_losses import RESTLESS, targeted_dlr
+from attacks.pixel_losses import RESTLESS, LossName, targeted_dlr
 from attacks.search import Found, Objective, Search
 from attacks.threat import Threat, each, project, random_point, steepest
 from engine.config import PositiveInt, Probability
@@ -22,18 +22,7 @@ def apgd(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal[
-        "ce",
-        "masked_ce",
-        "balanced_masked_ce",
-        "jensen_shannon",
-        "segpgd",
-        "cospgd",
-        "masked_spherical",
-        "tsallis",
-        "dlr",
-        "margin",
-    ] = "ce",
+    loss: LossName = "ce",
     track: Literal["ce", "loss"] | None = None,
     steps: PositiveInt = 100,
     restarts: PositiveInt = 1,

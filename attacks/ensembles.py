@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attacks.parts import PartsSearch, agreement, wrong_classes
+from attacks.parts import Climber, PartsSearch, TaskLoss, agreement, wrong_classes
 from attacks.search import Found, Trial
 from attacks.threat import Threat
 from engine.config import Positive, PositiveInt, UserError
@@ -27,10 +27,10 @@ def member_sum(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the mean of the members' losses: none is forgotten, whoever decides.
 
@@ -56,10 +56,10 @@ def mean_of_probabilities(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the loss of the members' mean probability, whatever joins them.
 
@@ -83,9 +83,9 @@ def each_member(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the loss of one member alone, of each in turn.
 
@@ -113,7 +113,7 @@ def members_to_one_wrong(
     *,
     steps: PositiveInt = 20,
     targets: PositiveInt = 2,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Drives all members to the same wrong class at each pixel: a vote or a mean of them has to follow.
 
@@ -139,9 +139,9 @@ def smooth_ensemble(
     *,
     rule: Literal["vote", "max"] = "vote",
     temperatures: tuple[Positive, ...] = (1.0, 0.3),
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the loss of a smooth stand-in for a rule that has no gradient, or that of one member only.
 

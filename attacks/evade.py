@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attacks.parts import PartsSearch
+from attacks.parts import Climber, PartsSearch, TaskLoss
 from attacks.routed import Inside, look_inside
 from attacks.search import Found, Trial
 from attacks.threat import Threat, each, is_inside
@@ -29,10 +29,10 @@ def evade(
         "entropy", "mutual_information", "disagreement", "contradiction", "gate_entropy"
     ] = "entropy",
     kappa: NonNegative = 10.0,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss minus kappa times a detector's score (an adaptive attack in the sense of Tramer et al.
     2020, arXiv 2002.08347). What is found are the points with the highest cross-entropy minus kappa times the score,

@@ -2,7 +2,8 @@
 steps of an attack."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from attacks.search import Found, Objective, Search, Trial
 from attacks.threat import Threat, random_point
 from engine.config import UserError
 
-CLIMBERS = {"pgd": pgd.climb, "apgd": apgd.climb}
+TaskLoss = Literal["ce", "masked_ce", "jensen_shannon"]
+Climber = Literal["pgd", "apgd"]
+CLIMBERS: dict[Climber, Callable] = {"pgd": pgd.climb, "apgd": apgd.climb}
 
 
 class PartsSearch(Search):
@@ -21,7 +24,13 @@ class PartsSearch(Search):
     or jensen_shannon, `climber` pgd (a fixed step) or apgd."""
 
     def __init__(
-        self, model, images: Tensor, labels: Tensor, threat: Threat, loss: str = "ce", climber: str = "pgd"
+        self,
+        model,
+        images: Tensor,
+        labels: Tensor,
+        threat: Threat,
+        loss: TaskLoss = "ce",
+        climber: Climber = "pgd",
     ):
         super().__init__(model, images, labels, threat)
         self.loss, self.climber = loss, climber

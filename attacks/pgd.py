@@ -1,12 +1,11 @@
 """Projected gradient ascent with a fixed step: FGSM, PGD, SegPGD, CosPGD."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attacks.pixel_losses import PixelLoss, image_loss
+from attacks.pixel_losses import LossName, PixelLoss, image_loss
 from attacks.search import Found, Objective, Search, Trial
 from attacks.threat import Threat, each, project, random_point, steepest
 from engine.config import Positive, PositiveInt
@@ -18,18 +17,7 @@ def pgd(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal[
-        "ce",
-        "masked_ce",
-        "balanced_masked_ce",
-        "jensen_shannon",
-        "segpgd",
-        "cospgd",
-        "masked_spherical",
-        "tsallis",
-        "dlr",
-        "margin",
-    ] = "ce",
+    loss: LossName = "ce",
     steps: PositiveInt = 20,
     step_size: Positive | None = None,
     restarts: PositiveInt = 1,
@@ -65,18 +53,7 @@ def fgsm(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal[
-        "ce",
-        "masked_ce",
-        "balanced_masked_ce",
-        "jensen_shannon",
-        "segpgd",
-        "cospgd",
-        "masked_spherical",
-        "tsallis",
-        "dlr",
-        "margin",
-    ] = "ce",
+    loss: LossName = "ce",
 ) -> Found:
     """One step of length eps from the image (Goodfellow et al. 2015, arXiv 1412.6572).
 
@@ -95,32 +72,17 @@ def segpgd(
     threat: Threat,
     *,
     steps: PositiveInt = 20,
-    step_size: Positive | None = None,
     restarts: PositiveInt = 1,
-    random_start: bool = True,
-    draws: PositiveInt = 1,
 ) -> Found:
-    """PGD that turns from the pixels that are right to all of them (Gu et al. 2022, arXiv 2207.12391).
+    """Turns from the pixels that are right to all of them (Gu et al. 2022, arXiv 2207.12391).
+
+    It is `pgd` with this loss; that one has further keys.
 
     Args:
-        steps: gradient steps of a restart; one more forward pass looks at the last point.
-        step_size: in units of pixels; null: 2.5 eps / steps.
-        restarts: times that it begins anew, unless no image has a correct pixel left.
-        random_start: begin at a random point of the ball, not at the image.
-        draws: passes that a gradient is averaged over.
+        steps: gradient steps of a restart.
+        restarts: times that it begins anew.
     """
-    return pgd(
-        model,
-        images,
-        labels,
-        threat,
-        loss="segpgd",
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        random_start=random_start,
-        draws=draws,
-    )
+    return pgd(model, images, labels, threat, loss="segpgd", steps=steps, restarts=restarts)
 
 
 def cospgd(
@@ -130,32 +92,17 @@ def cospgd(
     threat: Threat,
     *,
     steps: PositiveInt = 20,
-    step_size: Positive | None = None,
     restarts: PositiveInt = 1,
-    random_start: bool = True,
-    draws: PositiveInt = 1,
 ) -> Found:
-    """PGD that weighs pixels by how close prediction and label are (Agnihotri et al. 2024, arXiv 2302.02213).
+    """Weighs pixels by how close prediction and label are (Agnihotri et al. 2024, arXiv 2302.02213).
+
+    It is `pgd` with this loss; that one has further keys.
 
     Args:
-        steps: gradient steps of a restart; one more forward pass looks at the last point.
-        step_size: in units of pixels; null: 2.5 eps / steps.
-        restarts: times that it begins anew, unless no image has a correct pixel left.
-        random_start: begin at a random point of the ball, not at the image.
-        draws: passes that a gradient is averaged over.
+        steps: gradient steps of a restart.
+        restarts: times that it begins anew.
     """
-    return pgd(
-        model,
-        images,
-        labels,
-        threat,
-        loss="cospgd",
-        steps=steps,
-        step_size=step_size,
-        restarts=restarts,
-        random_start=random_start,
-        draws=draws,
-    )
+    return pgd(model, images, labels, threat, loss="cospgd", steps=steps, restarts=restarts)
 
 
 def climb(

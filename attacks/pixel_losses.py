@@ -7,6 +7,7 @@ passed. p is the softmax of the logits, y the label.
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,11 @@ from torch import Tensor
 from attacks.threat import Threat
 from engine.config import UserError
 
+# Keys of LOSSES, as YAML may have them.
+LossName = Literal[
+    "ce", "masked_ce", "balanced_masked_ce", "jensen_shannon", "segpgd", "cospgd", "masked_spherical", "tsallis",
+    "dlr", "margin",
+]  # fmt: skip
 PixelLoss = Callable[[Tensor, Tensor, Threat, float], Tensor]
 
 

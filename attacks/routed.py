@@ -17,13 +17,12 @@ pass, and what the gate says of the clean images takes another.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.parts import PartsSearch, agreement, wrong_classes
+from attacks.parts import Climber, PartsSearch, TaskLoss, agreement, wrong_classes
 from attacks.pixel_losses import image_loss
 from attacks.search import Found, Objective, Trial, scores
 from attacks.threat import Threat
@@ -41,10 +40,10 @@ def soft_gate(
     *,
     temperatures: tuple[Positive, ...] = (1.0, 0.3, 0.1),
     straight_through: bool = False,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss under weights softmax(gate logits / temperature) in place of the model's own.
 
@@ -76,10 +75,10 @@ def route_first(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Drives the weights to a vertex of the simplex, then raises the task's loss while the gate stays there.
 
@@ -104,10 +103,10 @@ def stay_route(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss under the weights of the clean image, and keeps the gate's decision as it was there:
     no budget goes to the gate.
@@ -136,10 +135,10 @@ def joint(
     threat: Threat,
     *,
     strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0),
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss plus a strength times the gate's loss, the cross-entropy of its clean decision.
 
@@ -167,9 +166,9 @@ def weakest_expert(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 40,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Attacks each expert by itself, then steers each image to the one that lost most on it, and attacks there.
 
@@ -206,7 +205,7 @@ def all_to_one_wrong(
     *,
     steps: PositiveInt = 20,
     targets: PositiveInt = 2,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Drives all experts to the same wrong class at each pixel: whatever the gate, it has nothing better.
 
@@ -234,7 +233,7 @@ def gate_only(
     *,
     steps: PositiveInt = 20,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the cross-entropy of the gate's clean decision, and nothing else: what the gate alone can do.
 
@@ -258,10 +257,10 @@ def experts_only(
     labels: Tensor,
     threat: Threat,
     *,
-    loss: Literal["ce", "masked_ce", "jensen_shannon"] = "masked_ce",
+    loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
     restarts: PositiveInt = 1,
-    climber: Literal["pgd", "apgd"] = "pgd",
+    climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss under the weights of the clean image, wherever the gate goes meanwhile.
 

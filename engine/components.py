@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -192,19 +192,19 @@ def signature_of(spec: str) -> Signature:
     no literal, an object that isn't there.
     """
     module, name = spec.split(":")
-    found = importlib.util.find_spec(module)
-    if found is None or found.origin is None:
+    tree = _source(module)
+    if tree is None:
         raise TypeError(f"{spec}: there is no module {module}")
-    tree = ast.parse(Path(found.origin).read_text(encoding="utf-8"))
     objects = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     if name not in objects:
-        raise TypeError(f"{spec}: {found.origin} defines no function or class {name}")
+        raise TypeError(f"{spec}: {module} defines no function or class {name}")
     function, docstring = _function(objects, name)
+    aliases = _aliases(module)
     parameters = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True) if function else ()
     types, defaults = {}, {}
     for parameter, default in parameters:
         try:
-            types[parameter.arg] = TypeAdapter(_type(parameter.annotation))
+            types[parameter.arg] = TypeAdapter(_type(parameter.annotation, aliases))
             if default is not None:
                 defaults[parameter.arg] = ast.literal_eval(default)
         except (NameError, TypeError, ValueError, AttributeError) as error:
@@ -230,14 +230,37 @@ def _function(objects: dict[str, ast.AST], name: str) -> tuple[ast.FunctionDef |
     return None, text
 
 
-def _type(annotation: ast.expr | None) -> Any:
-    """The type of an annotation; its names mean what ANNOTATIONS says, the module is not imported."""
+@cache
+def _source(module: str) -> ast.Module | None:
+    """The syntax tree of a module, which is not imported; None where there is no such file."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        return None
+    return ast.parse(Path(found.origin).read_text(encoding="utf-8"))
+
+
+@cache
+def _aliases(module: str) -> dict[str, ast.expr]:
+    """Names for choices, `Name = Literal[...]`, of a module and of those of its package that it takes them from."""
+    found = {}
+    for node in _source(module).body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == module.split(".")[0]:
+            theirs = _aliases(node.module) if _source(node.module) else {}
+            found |= {one.asname or one.name: theirs[one.name] for one in node.names if one.name in theirs}
+        elif isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Literal["):
+            found[ast.unparse(node.targets[0])] = node.value
+    return found
+
+
+def _type(annotation: ast.expr | None, aliases: Mapping[str, ast.expr]) -> Any:
+    """The type of an annotation; its names mean what ANNOTATIONS and the aliases say, the module is not imported."""
     if annotation is None:
         raise TypeError("it has no annotation")
     if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
         annotation = ast.parse(annotation.value, mode="eval").body
     code = compile(ast.Expression(annotation), "annotation", "eval")
-    return eval(code, {"__builtins__": {}}, ANNOTATIONS)
+    named = {name: _type(value, {}) for name, value in aliases.items()}
+    return eval(code, {"__builtins__": {}}, {**ANNOTATIONS, **named})
 
 
 def listing(names: dict[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
-from evaluation.formats import in_brackets, percent, points
+from evaluation.formats import aligned, in_brackets, percent, points
 from evaluation.intervals import COMPARED, Intervals, clean_estimates, difference_rows
 from evaluation.results import KINDS, Results
 from evaluation.statistics import FEWEST_UNITS, LEVEL
@@ -73,13 +73,8 @@ def _compared(results: Results, subset: str, intervals: Intervals) -> list[str]:
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     """First column to the left, the others to the right; a line of one cell is a heading."""
-    table = [line for line in lines if len(line) > 1]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table = iter(aligned([line for line in lines if len(line) > 1], left=1))
     texts = []
     for line in lines:
-        if len(line) == 1:
-            texts += ["", line[0]]
-            continue
-        cells = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        texts.append("  ".join([line[0].ljust(widths[0]), *cells]).rstrip())
+        texts += ["", line[0]] if len(line) == 1 else [next(table)]
     return texts

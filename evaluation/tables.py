@@ -1,9 +1,7 @@
 """Writes every table of an evaluation, from matrix.csv to results.csv, and builds most of them. Runs nothing."""
 
-import csv
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +16,7 @@ from evaluation.disagreement import (
     per_image_columns,
     per_image_rows,
 )
-from evaluation.formats import in_brackets, latex_escape, markdown_table, number, percent, points
+from evaluation.formats import csv_text, in_brackets, latex_escape, markdown_table, number, percent, points
 from evaluation.gate_table import GATE_COLUMNS, gate_rows
 from evaluation.intervals import (
     DIFFERENCE_COLUMNS,
@@ -81,16 +79,16 @@ def write_tables(
     matrix, intervals = matrix_rows(results, subsets, costs), clean_estimates(results, subsets)
     differences = difference_rows(results, subsets, intervals)
     files = {
-        "matrix.csv": _csv(list(matrix[0]), matrix),
+        "matrix.csv": csv_text(list(matrix[0]), matrix),
         "matrix.md": matrix_markdown(results, subsets, matrix, intervals),
         "matrix.tex": matrix_latex(results, subsets, matrix),
-        "differences.csv": _csv(DIFFERENCE_COLUMNS, differences),
+        "differences.csv": csv_text(DIFFERENCE_COLUMNS, differences),
         "differences.md": differences_markdown(results, subsets, differences),
         "classes.md": classes_markdown(results, subsets),
-        "gate.csv": _csv(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
-        "disagreement.csv": _csv(DISAGREEMENT_COLUMNS, disagreement_rows(results, subsets)),
-        "disagreement_per_image.csv": _csv(per_image_columns(results), per_image_rows(results)),
-        "results.csv": _csv(RESULT_COLUMNS, result_rows(results, subsets, intervals)),
+        "gate.csv": csv_text(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
+        "disagreement.csv": csv_text(DISAGREEMENT_COLUMNS, disagreement_rows(results, subsets)),
+        "disagreement_per_image.csv": csv_text(per_image_columns(results), per_image_rows(results)),
+        "results.csv": csv_text(RESULT_COLUMNS, result_rows(results, subsets, intervals)),
     }
     for name, text in files.items():
         atomic_write(Path(folder) / name, text.encode())
@@ -282,13 +280,3 @@ def _matrix_cells(
         line += [number(row[cost]) for cost in COSTS[:-1]]
         cells.append([*line, row["note"]])
     return titles, cells
-
-
-def _csv(columns: Sequence[str], rows: Iterable[Mapping]) -> str:
-    """CSV with all digits; missing values, None and NaN are empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: "" if value is None or value != value else value for key, value in row.items()})
-    return text.getvalue()

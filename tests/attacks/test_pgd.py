@@ -176,18 +176,33 @@ def test_draws_see_through_noise(linear):
     assert pgd(noisy, IMAGE, LABEL, threat(0.01, 1), steps=3, draws=4).forwards == 16
 
 
-@pytest.mark.parametrize("name", ["fgsm", "pgd", "segpgd", "cospgd"])
-def test_configs_build_them(name, segmenter):
+@pytest.mark.parametrize("name", ["segpgd", "cospgd"])
+def test_presets_are_pgd_with_their_loss(name, segmenter):
+    images, network = torch.rand(2, 3, 8, 8), segmenter()
+    given = network, images, network(images).argmax(1), threat(0.01, 2)
+    found, same = (component("attacks:ATTACKS", *key).build(*given) for key in ((name,), ("pgd",)))
+    ours = component("attacks:ATTACKS", "pgd", loss=name).build(*given)
+    assert torch.equal(found.images, ours.images) and not torch.equal(found.images, same.images)
+
+
+RUNS = {"steps": 3, "restarts": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "backwards"),
+    [
+        ("fgsm", {}, 1),
+        ("pgd", {**RUNS, "step_size": "1/255", "random_start": False, "draws": 2}, 12),
+        ("segpgd", RUNS, 6),
+        ("cospgd", RUNS, 6),
+    ],
+)
+def test_configs_build_them(name, keys, backwards, segmenter):
     images, network = torch.rand(1, 3, 8, 8), segmenter()
-    keys = (
-        {}
-        if name == "fgsm"
-        else {"steps": 3, "step_size": "1/255", "restarts": 2, "random_start": False, "draws": 2}
-    )
     found = component("attacks:ATTACKS", name, **keys).build(
         network, images, network(images).argmax(1), threat(0.02, 1)
     )
-    assert found.correct.item() < 64 and found.backwards == (1 if name == "fgsm" else 12)
+    assert found.correct.item() < 64 and found.backwards == backwards
 
 
 def test_segpgd_and_cospgd_are_pgd_with_their_loss(segmenter):

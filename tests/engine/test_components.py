@@ -89,6 +89,22 @@ def test_component_from_the_program_is_checked_as_a_yaml_is(toy):
         component("networks:NETWORKS", "build", sise=[3, 4])
 
 
+def test_choices_may_have_a_name_here_or_in_the_module_they_come_from(tmp_path, monkeypatch):
+    folder = tmp_path / "toy_choices"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "shades.py").write_text("raise RuntimeError\nShade = Literal['light', 'dark']\n")
+    (folder / "user.py").write_text(
+        "raise RuntimeError\nfrom toy_choices.shades import Shade as Tone\nWidth = Literal['slim', 'wide']\n"
+        "def make(*, width: Width, shade: Tone = 'light'): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(networks.NETWORKS, "toy", "toy_choices.user:make")
+    assert component("networks:NETWORKS", "toy", width="slim").args == {"width": "slim", "shade": "light"}
+    with pytest.raises(ConfigError, match="width: .*allowed: slim, wide"):
+        component("networks:NETWORKS", "toy", width="middle")
+
+
 @pytest.mark.parametrize(
     "function",
     [
