@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from dataloaders.frames import SPLITS, Frame
 from engine.config import UserError
 
-SHARES = {"train": 0.50, "gate": 0.15, "val": 0.15, "test": 0.20}
+SHARES = {"gate": 0.15, "val": 0.15, "test": 0.20}  # of the frames; train has the rest
 DEALINGS = 200
 
 
@@ -21,6 +21,7 @@ def split_by_blocks(
     train_only: Collection[str],
     guard: int,
     seed: int,
+    shares: Mapping[str, float] = SHARES,
 ) -> list[Frame]:
     """The frames with their split filled in, less those that the guard gap leaves out.
 
@@ -31,7 +32,7 @@ def split_by_blocks(
     keeps all its frames. Of 200 dealings that leave frames of every subset in every split, the one is taken
     that loses the fewest.
 
-    sequences, numbers: recording and frame number of each frame.
+    sequences, numbers: recording and frame number of each frame. shares: of the frames, for gate, val and test.
     Raises UserError where no dealing does, for too few blocks or too wide a gap."""
     sizes = Counter(frame.block for frame in frames)
     blocks = list(sizes)
@@ -51,7 +52,7 @@ def split_by_blocks(
     for dealing in range(DEALINGS):
         splits = dict.fromkeys(train_only, "train")
         for members in dealt.values():
-            splits |= deal(members, sizes, f"{seed}/{dealing}")
+            splits |= deal(members, sizes, f"{seed}/{dealing}", shares)
         ranks = np.array([SPLITS.index(splits[block]) for block in blocks])[block_of]
         kept = ~too_near(ranks, np.array(numbers), recordings, guard)
         filled = len({*zip(subset_of[kept], ranks[kept], strict=True)}) == len(subset_names) * len(SPLITS)
@@ -67,14 +68,16 @@ def split_by_blocks(
     ]
 
 
-def deal(blocks: Sequence[str], sizes: Counter, key: str) -> dict[str, str]:
+def deal(
+    blocks: Sequence[str], sizes: Counter, key: str, shares: Mapping[str, float] = SHARES
+) -> dict[str, str]:
     """Block -> split for the blocks of one subset: test, val and gate in turn take theirs, train the rest."""
     order = sorted(blocks, key=lambda block: hashlib.sha256(f"{key}/{block}".encode()).digest())
     total = sum(sizes[block] for block in blocks)
     splits = {}
     for split in reversed(SPLITS[1:]):
         taken = 0
-        while order and (taken == 0 or taken + sizes[order[0]] / 2 <= SHARES[split] * total):
+        while order and (taken == 0 or taken + sizes[order[0]] / 2 <= shares[split] * total):
             splits[order[0]] = split
             taken += sizes[order.pop(0)]
     return splits | dict.fromkeys(order, "train")

@@ -4,13 +4,13 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
 
-from dataloaders.blocks import split_by_blocks
+from dataloaders.blocks import SHARES, split_by_blocks
 from dataloaders.frames import SPLITS, Frame, FrameIndex
 from dataloaders.manifest import Manifest, read_classes
 from dataloaders.masks import id_table, no_unknown_values, read_id_mask, refuse_kitti
@@ -36,6 +36,7 @@ def folder(
     train_only: str | None = None,
     guard: NonNegativeInt = 0,
     split_seed: NonNegativeInt = 304,
+    split_shares: dict[str, float] | None = None,
 ) -> FrameIndex:
     """The frames of `manifest`: root/images/NAME.png (.jpg, .jpeg) with the id mask root/labels/NAME.png.
 
@@ -54,6 +55,8 @@ def folder(
     guard: for split_by: blocks: frames of different splits are more than this many frame numbers apart; the
         number of a frame is what its name ends in.
     split_seed: for split_by: blocks: changes how the blocks are dealt.
+    split_shares: for split_by: blocks: the shares of gate, val and test, {gate: 0.15, val: 0.15, test: 0.2} where
+        they are not given; train has the rest.
 
     Frame.scene is the sequence or, with split_by: blocks, the block. Raises UserError for missing or
     malformed files, columns and values, with file:line."""
@@ -64,8 +67,9 @@ def folder(
         refuse_kitti("folder", base)
     if split_by == "blocks" and sequence_column is None:
         raise UserError("folder: split_by: blocks needs sequence_column, the column of the recording")
-    if split_by == "column" and (train_only or guard):
-        raise UserError("folder: train_only and guard are for split_by: blocks")
+    if split_by == "column" and (train_only or guard or split_shares):
+        raise UserError("folder: train_only, guard and split_shares are for split_by: blocks")
+    shares = check_shares(split_shares or SHARES)
     names, palette, ids = read_classes(base / classes)
     rows = Manifest(base / manifest)
     sequences = rows.column(sequence_column or name_column)
@@ -79,7 +83,7 @@ def folder(
     if split_by == "column":
         frames, note = take_splits(frames, rows, split_column)
     else:
-        frames, note = make_splits(frames, rows, train_only, guard, split_seed)
+        frames, note = make_splits(frames, rows, train_only, guard, split_seed, shares)
     return FrameIndex(
         name="folder",
         root=base,
@@ -131,8 +135,24 @@ def take_splits(frames: list[Frame], rows: Manifest, column: str) -> tuple[list[
     return used, note
 
 
+def check_shares(shares: Mapping[str, float]) -> Mapping[str, float]:
+    """The shares themselves. Raises UserError where they are not gate, val and test, or leave nothing to train."""
+    fit = set(shares) == set(SHARES) and min(shares.values()) > 0 and sum(shares.values()) < 1
+    if not fit:
+        raise UserError(
+            f"folder: split_shares takes {', '.join(SHARES)}, each above 0, together below 1 (train has the rest); "
+            f"found {dict(shares)}"
+        )
+    return shares
+
+
 def make_splits(
-    frames: list[Frame], rows: Manifest, train_only: str | None, guard: int, seed: int
+    frames: list[Frame],
+    rows: Manifest,
+    train_only: str | None,
+    guard: int,
+    seed: int,
+    shares: Mapping[str, float],
 ) -> tuple[list[Frame], str]:
     """The frames dealt to splits by blocks, which become their scenes, and a note on the frames left out."""
     sequences = [frame.scene for frame in frames]
@@ -148,7 +168,8 @@ def make_splits(
             if mark
         }
     frames = [replace(frame, block=units.get(frame.block, frame.block)) for frame in frames]
-    kept = split_by_blocks(frames, sequences, frame_numbers(frames, rows), set(units.values()), guard, seed)
+    numbers = frame_numbers(frames, rows)
+    kept = split_by_blocks(frames, sequences, numbers, set(units.values()), guard, seed, shares)
     note = (
         f"split by {len({frame.block for frame in frames})} blocks, seed {seed}: {len(frames) - len(kept)} "
         f"of {len(frames)} frames are left out by the guard gap of {guard} frame numbers"

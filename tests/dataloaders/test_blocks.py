@@ -20,19 +20,22 @@ def recording(sequence: str, blocks: int, subset: str, length: int = 10, step: i
 FRAMES = recording("a", 20, "open") + recording("b", 24, "street")
 
 
-def split(frames=FRAMES, train_only=(), guard=0, seed=1) -> list[Frame]:
+def split(frames=FRAMES, train_only=(), guard=0, seed=1, shares=SHARES) -> list[Frame]:
     numbers = [int(frame.name.split("_")[1]) for frame in frames]
-    return split_by_blocks(frames, [frame.scene for frame in frames], numbers, train_only, guard, seed)
+    scenes = [frame.scene for frame in frames]
+    return split_by_blocks(frames, scenes, numbers, train_only, guard, seed, shares)
 
 
-def test_a_block_is_in_one_split_and_every_split_gets_its_share_of_every_subset():
-    frames = split()
+@pytest.mark.parametrize("shares", [SHARES, {"gate": 0.1, "val": 0.2, "test": 0.4}])
+def test_a_block_is_in_one_split_and_every_split_gets_its_share_of_every_subset(shares):
+    frames = split(shares=shares)
     assert len(frames) == len(FRAMES)  # no gap, nothing is left out
     assert all(len({f.split for f in frames if f.block == block}) == 1 for block in {f.block for f in frames})
     for subset, blocks in (("open", 20), ("street", 24)):
         counts = Counter(frame.split for frame in frames if frame.subset == subset)
         for name in SPLITS:
-            assert abs(counts[name] - SHARES[name] * blocks * 10) <= 15  # within a block and a half
+            share = shares.get(name, 1 - sum(shares.values()))
+            assert abs(counts[name] - share * blocks * 10) <= 15  # within a block and a half
 
 
 @pytest.mark.parametrize("guard", [30, 100, 150])

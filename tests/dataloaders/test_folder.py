@@ -22,6 +22,8 @@ CAMVID = {
     "train_only": "official_split=val",
     "guard": 120,
 }
+BLOCKS = {"split_by": "blocks", "sequence_column": "drive"}
+WIDE_TEST = {"gate": 0.1, "val": 0.1, "test": 0.35}
 
 
 @pytest.fixture
@@ -111,6 +113,10 @@ def test_an_image_and_a_mask_of_different_size_are_refused_naming_both(root):
             {"split_by": "blocks", "sequence_column": "drive", "train_only": "drive=z"},
             "no row has drive=z",
         ),
+        ({"split_shares": {"gate": 0.1}}, "split_shares are for split_by: blocks"),
+        (BLOCKS | {"split_shares": {"gate": 0.1}}, "split_shares takes gate, val, test.*found {'gate': 0.1}"),
+        (BLOCKS | {"split_shares": {"gate": 0.1, "val": 0, "test": 0.1}}, "each above 0"),
+        (BLOCKS | {"split_shares": {"gate": 0.3, "val": 0.3, "test": 0.4}}, "together below 1"),
     ],
 )
 def test_wrong_keys_are_told_with_file_and_line(root, keys, message):
@@ -132,6 +138,8 @@ def test_camvid_split_by_block(real_data, subset_column):
     assert len(index.subsets) == 2
     assert all(counts[subset, split] >= 6 for subset in index.subsets for split in SPLITS)
     total = len(frames)
+    wide = build(real_data("camvid"), subset_column=subset_column, split_shares=WIDE_TEST, **CAMVID).frames
+    assert len({frame.block for frame in wide if frame.split == "test"}) >= 13
     shares = {split: sum(frame.split == split for frame in frames) / total for split in SPLITS}
     assert total >= 420 and 0.5 <= shares["train"] <= 0.6
     assert shares["test"] >= 0.15 and min(shares["gate"], shares["val"]) >= 0.09
