@@ -340,6 +340,15 @@ class Evaluate(Section):
         True,
         description="check the attacked networks on two images: gradients, batches, an implanted weakness",
     )
+    transfer: Attack | None = Field(
+        None,
+        description="an attack such as {name: pgd, steps: 20}: made for each row at the largest eps, shown to all",
+    )
+    detectors: Bool = Field(
+        False,
+        description="whether uncertainty and disagreement detect attacks, and attackers who know it: hundreds of "
+        "passes per image at the largest eps",
+    )
     adversarials: Literal["none", "uint8", "float32"] = Field(
         "none",
         description="keep attacked images beside the ledger; uint8: they are rounded, inside eps, before scoring",

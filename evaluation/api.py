@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Component
+from evaluation.beside import CERTIFICATES, write_beside
+from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, attack_all
 from evaluation.robust_results import RobustResults
@@ -74,9 +76,11 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
+        certified = certify_targets([target], scenes, setup, device)
+        write_beside(place / CERTIFICATES, certified)
         results = write_robust(place, place / "ledger")
         markdown = (place / "robustness.md").read_text(encoding="utf-8")
-    return Report(results, robust_rows(results), markdown)
+    return Report(results, robust_rows(results, certified), markdown)
 
 
 @dataclass(frozen=True)

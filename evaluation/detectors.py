@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.evade import SCORES, Said, evade, listen
 from attacks.search import scores
 from attacks.threat import Threat, seed_of
-from evaluation.formats import aligned, percent
+from evaluation.formats import markdown_table, percent
 from evaluation.plan import Scene, Setup
 from evaluation.targets import ROUTED, Target, exact_float32, under_attack
 from metrics.detection import auroc, counts_by_score, fpr_at_tpr
@@ -145,21 +145,10 @@ def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
     return found
 
 
-def detection_lines(rows: Sequence[Mapping]) -> list[str]:
-    """A table for people: each detector against both attackers."""
-    head = [
-        "model",
-        "eps",
-        "score",
-        "images",
-        "AUROC",
-        "FPR95",
-        "adaptive AUROC",
-        "FPR95",
-        "kappa",
-        "accuracy",
-    ]
-    lines = [head]
+def detection_table(rows: Iterable[Mapping]) -> list[str]:
+    """Lines of a Markdown table: each detector against both attackers."""
+    titles = "model, eps, score, images, AUROC, FPR95, adaptive AUROC, adaptive FPR95, kappa, accuracy"
+    lines = []
     for pair in side_by_side(rows):
         plain, adaptive = pair["plain"], pair["adaptive"]
         lines.append(
@@ -176,7 +165,7 @@ def detection_lines(rows: Sequence[Mapping]) -> list[str]:
                 f"{percent(plain['clean'])} > {percent(plain['attacked'])} > {percent(adaptive['attacked'])}",
             ]
         )
-    return aligned(lines, left=3)
+    return markdown_table(titles.split(", "), lines, left=3)
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -1,13 +1,8 @@
 """What honesty checks found, and how it gets beside the figures that it touches."""
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
-
-from engine.config import UserError
-from engine.runs import atomic_write
 
 FINDING_COLUMNS = ("model", "eps", "attack", "check", "severity", "text")
 
@@ -101,18 +96,3 @@ def finding_rows(findings: Iterable[Finding]) -> list[dict]:
         }
         for one in findings
     ]
-
-
-def write_findings(path: str | Path, findings: Iterable[Finding]) -> None:
-    """As JSON, atomically: checks that need the networks are done once, tables are made from the file."""
-    atomic_write(path, json.dumps([asdict(one) for one in findings], indent=1) + "\n")
-
-
-def read_findings(path: str | Path) -> list[Finding]:
-    """UserError for a file that is missing or something else."""
-    try:
-        return [Finding(**one) for one in json.loads(Path(path).read_text(encoding="utf-8"))]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no findings here; the evaluation writes them") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None

@@ -41,9 +41,12 @@ class Floor:
 
 
 @torch.no_grad()
-def gate_free_floor(model, images: Tensor, labels: Tensor, ignore_index: int | None = 255) -> Floor:
-    """Of a routed model (see attacks.routed) at images [B, 3, H, W] in [0, 1], attacked or not; labels [B, H, W]."""
-    seen = look_inside(model, images)
+def gate_free_floor(
+    model, images: Tensor, labels: Tensor, ignore_index: int | None = 255, seen: Inside | None = None
+) -> Floor:
+    """Of a routed model (see attacks.routed) at images [B, 3, H, W] in [0, 1], attacked or not; labels [B, H, W].
+    seen: what `look_inside` gave for these images, where it has been called already."""
+    seen = seen or look_inside(model, images)
     ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
     known = labels.masked_fill(ignored, 0).long()
     sites, _, experts, classes, *grid = seen.gate_logits.shape

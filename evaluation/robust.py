@@ -20,6 +20,7 @@ from attacks.search import Found, scores
 from attacks.threat import Threat, check_inside, refuse_bad_images, seed_of
 from engine.config import UserError
 from evaluation.adversarials import save_adversarials
+from evaluation.floor import gate_free_floor
 from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
@@ -213,8 +214,9 @@ class Bench:
         """Of a routed model, per image: "weights" [S, E, K], means over the grid, "route" [S, K], the expert with
         the largest one, "shares" [S, E, K] of softmax(gate logits), "flips", the share of routing places with another
         best expert than on the clean image, "margin" and "least_margin", the mean and the least lead of the best gate
-        logit over the second, "entropy", the mean of softmax(gate logits), in nats, and "expert_right" [E], the right
-        pixels with all weight on one expert."""
+        logit over the second, "entropy", the mean of softmax(gate logits), in nats, "expert_right" [E], the right
+        pixels with all weight on one expert, and "gate_free", those that all weights of the gate's kind leave right
+        (see evaluation.floor), or in words why that is not known."""
         seen = look_inside(self.target.model, points)
         gate_logits = seen.gate_logits  # [S, B, E, K, h, w]
         if self._clean_route is None:
@@ -228,6 +230,7 @@ class Bench:
         flips = (
             (gate_logits.argmax(dim=2) != self._clean_route).double().transpose(0, 1).flatten(1).mean(dim=1)
         )
+        floor = gate_free_floor(self.target.model, points, self.labels, self.setup.ignore_index, seen)
         gap = torch.zeros_like(gate_logits[:, :, 0])
         if gate_logits.shape[2] > 1:
             best, second = gate_logits.topk(2, dim=2).values.unbind(2)
@@ -238,6 +241,9 @@ class Bench:
             "weights": rounded(weights.tolist()),
             "shares": rounded(shares.tolist()),
             "expert_right": torch.stack(alone, dim=1).tolist(),
+            "gate_free": [floor.reason] * len(points)
+            if floor.right is None
+            else floor.right.flatten(1).sum(dim=1).tolist(),
             "route": weights.argmax(dim=2).tolist(),
             "flips": rounded(flips.tolist()),
             "margin": rounded(gap.mean(dim=1).tolist()),

@@ -65,6 +65,7 @@ class RobustResults:
         self._columns = {name: {} for name in self.targets}  # of each target: member -> column
         self._cells: dict[tuple, ClassCounts] = {}  # (target, eps, member, incumbent) -> [N, K]
         self._forwards: dict[tuple, np.ndarray] = {}  # (target, eps, member) -> [N]
+        self._gate_free: dict[tuple, list] = {}  # (target, eps, member, incumbent) -> N times pixels, or why not
         self.seconds_of: dict[str, tuple] = {}  # unit -> (target, eps, member)
         for unit in units_of(manifest):
             self._columns[unit.target][unit.member] = unit.column
@@ -83,6 +84,9 @@ class RobustResults:
             counts.predicted[image, said] += pixels
             counts.right[image, truth] += pixels * (truth == said)
         self._forwards.setdefault(key, np.zeros(len(self.images), np.int64))[image] = record["forwards"]
+        if "gate_free" in record:
+            every = self._gate_free.setdefault((*key, record["incumbent"]), [0] * len(self.images))
+            every[image] = record["gate_free"]
 
     @cached_property
     def truth(self) -> np.ndarray:
@@ -164,6 +168,27 @@ class RobustResults:
         figures = self.figures(select(counts, accuracy))
         figures["miou"] = estimate_worst_miou(self.resamples, counts, bracket)
         return Worst(candidates, figures, bracket, accuracy, bracket.selection)
+
+    def gate_free(self, target: str, eps: float, column: Column = "adaptive") -> Estimate | str | None:
+        """Share of the pixels that every weight of the gate's kind leaves right, at the images of the worst case of
+        accuracy (eps 0: the clean ones): a diagnostic of those images. In words why it is not known; None for what
+        has no gate."""
+        if (target, 0.0, CLEAN.name, "pixels") not in self._gate_free:
+            return None
+        won = [Candidate(0.0, CLEAN.name, "pixels", "clean")] * len(self.images)
+        if eps:
+            worst = self.worst(target, eps, column)
+            won = [worst.candidates[place] for place in worst.accuracy]
+        found = [
+            self._gate_free[target, one.eps, one.attack, one.incumbent][image]
+            for image, one in enumerate(won)
+        ]
+        unknown = next((one for one in found if isinstance(one, str)), None)
+        if unknown is not None:
+            return unknown
+        true = self.truth.sum(axis=1)[:, None]
+        counts = ClassCounts(np.array(found)[:, None], true, true)
+        return estimates(self.resamples, counts, {"aacc": aacc})["aacc"]
 
     def floor(self) -> dict[str, float]:
         """The best of all constant answers, each figure by itself."""

@@ -4,17 +4,14 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from engine.runs import atomic_write
-from evaluation.findings import (
-    FINDING_COLUMNS,
-    Finding,
-    Flags,
-    finding_lines,
-    finding_rows,
-    read_findings,
-)
+from evaluation.beside import Beside, read_beside
+from evaluation.certificate import Certified
+from evaluation.detectors import DETECTION_COLUMNS, detection_table
+from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows
 from evaluation.formats import aligned, csv_text, markdown_table, percent
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import units_of
@@ -25,9 +22,15 @@ from evaluation.statistics import FEWEST_UNITS, Estimate
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import COMPONENT_COLUMNS, TELEMETRY_COLUMNS, component_rows, telemetry_rows
+from evaluation.transfer import METRICS, TRANSFER_COLUMNS, stronger_than_white_box, transfer_table
 
+NOTHING = Beside()
+DETECTORS_TOLD = (
+    "How well a score of the image tells attacked images from clean ones: of an attacker who knows nothing of it, and "
+    "(adaptive) of one who lowers it while attacking, with the weight kappa that hides best among those that still "
+    "take half as much accuracy. accuracy: clean > attacked > attacked by the adaptive one."
+)
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images"}
-FINDINGS = "findings.json"
 WINNER_COLUMNS = ("model", "eps", "column", "figure", "image", "attack", "attack_eps", "incumbent")
 TIMING_COLUMNS = ("model", "eps", "attack", "seconds", "passes")
 
@@ -38,28 +41,31 @@ def load_robust(ledger: str | Path) -> RobustResults:
 
 
 def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
-    """Writes the tables of a complete ledger, robustness.csv last. findings.json in the folder, what checks of the
-    networks found, is told beside what those of the records find."""
+    """Writes the tables of a complete ledger, and of what stands beside it in the folder (see evaluation.beside),
+    robustness.csv last."""
     manifest, units = read_manifest(ledger), read_units(ledger)
-    results, found = RobustResults(manifest, units), check_manifest(manifest, units)
-    if (Path(folder) / FINDINGS).exists():
-        found += read_findings(Path(folder) / FINDINGS)
+    results, beside = RobustResults(manifest, units), read_beside(folder)
+    beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
     records = [record for unit in units_of(manifest) for record in units[unit.name]]
     kinds = {name: target["identity"]["kind"] for name, target in results.targets.items()}
     experts = {name: list(target["identity"].get("experts", ())) for name, target in results.targets.items()}
-    rows = robust_rows(results)
+    rows = robust_rows(results, beside.certificates)
     files = {
-        "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(found)),
+        "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(beside.findings)),
         "telemetry.csv": csv_text(
             TELEMETRY_COLUMNS, telemetry_rows(records, kinds, experts, results.classes)
         ),
         "components.csv": csv_text(COMPONENT_COLUMNS, component_rows(records, kinds, experts)),
         "winners.csv": csv_text(WINNER_COLUMNS, winner_rows(results)),
         "timing.csv": csv_text(TIMING_COLUMNS, timing_rows(results, read_seconds(ledger))),
-        "robustness.md": robust_markdown(results, found),
+        "transfer.csv": csv_text(TRANSFER_COLUMNS, beside.transfer),
+        "detectors.csv": csv_text(DETECTION_COLUMNS, beside.detectors),
+        "robustness.md": robust_markdown(results, beside),
         "robustness.csv": csv_text(RESULT_COLUMNS, rows),
     }
     for name, text in files.items():
+        if text.count("\n") == 1 and name in ("transfer.csv", "detectors.csv"):  # not asked for
+            continue
         atomic_write(Path(folder) / name, text.encode())
     return results
 
@@ -73,8 +79,9 @@ def add_to_results(path: str | Path, robust: str | Path) -> None:
     atomic_write(path, csv_text(RESULT_COLUMNS, rows).encode())
 
 
-def robust_rows(results: RobustResults) -> list[dict]:
-    """One row per figure in the columns of results.csv: clean, each attack, worst cases, floor, differences."""
+def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) -> list[dict]:
+    """One row per figure in the columns of results.csv: clean, each attack, worst cases, certificates, floor,
+    differences."""
     manifest = results.manifest
     base = {
         "subset": manifest["subset"],
@@ -104,6 +111,14 @@ def robust_rows(results: RobustResults) -> list[dict]:
                 own = {"model": model, "kind": role, "attack": attack, "eps": eps}
                 bound = {"metric": "miou_search_bound", "value": worst.bracket.lower}
                 rows.append({**base, **own, **bound, "passes_per_image": passes})
+                gate_free = results.gate_free(model, eps, column)
+                if isinstance(gate_free, Estimate):
+                    add(model, role, attack, eps, {"aacc_gate_free": gate_free}, passes_per_image=passes)
+    for one in certificates:
+        if one.value is not None:
+            own = {"model": one.model, "kind": results.targets[one.model]["role"], "attack": "interval bounds"}
+            own |= {"eps": one.eps, "metric": "aacc_certified", "value": one.value}
+            rows.append({**base, **own})
     for name, value in results.floor().items():
         rows.append({**base, "model": FLOOR, "kind": "floor", "metric": name, "value": value})
     for eps in results.ladder:
@@ -144,9 +159,9 @@ def timing_rows(results: RobustResults, seconds: Mapping[str, float]) -> Iterabl
         yield {"model": model, "eps": eps, "attack": member, "seconds": round(spent, 3), "passes": passes}
 
 
-def robust_markdown(results: RobustResults, found: Sequence[Finding] = ()) -> str:
-    """Everything that a reader needs, in percent. found: flags among them are marked in the tables."""
-    flags = Flags(found)
+def robust_markdown(results: RobustResults, beside: Beside = NOTHING) -> str:
+    """Everything that a reader needs, in percent. Flags among the findings are marked in the tables."""
+    flags = Flags(beside.findings)
     lines = ["# Robustness", "", *(f"- {line}" for line in header_lines(results))]
     for eps in results.ladder:
         lines += ["", f"## eps {eps_text(eps)}: worst case", "", *worst_table(results, eps, flags)]
@@ -155,8 +170,14 @@ def robust_markdown(results: RobustResults, found: Sequence[Finding] = ()) -> st
         lines += ["", f"## eps {eps_text(eps)}: single attacks, mIoU / aAcc", "", *single_table(results, eps)]
         lines += ["", f"Images won, by accuracy, at eps {eps_text(eps)}:", ""]
         lines += [f"- {line}" for line in won_lines(results, eps)]
-    if found:
-        lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(found))]
+    if beside.certificates:
+        lines += ["", "## Certificates", "", *certificate_lines(beside.certificates)]
+    if beside.transfer:
+        lines += ["", "## Transfer", "", *transfer_lines(beside.transfer)]
+    if beside.detectors:
+        lines += ["", "## Detectors", "", DETECTORS_TOLD, "", *detection_table(beside.detectors)]
+    if beside.findings:
+        lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(beside.findings))]
     names = ", ".join(results.images)
     return "\n".join([*lines, "", "## Images", "", names]) + "\n"
 
@@ -191,6 +212,9 @@ def header_lines(results: RobustResults) -> list[str]:
         "know the gate, the members of the ensemble, or (single networks) as many restarts. Both hold for the "
         "attacks that were run, and for no others.",
         "bound: no choice of one recorded attack per image has a lower mIoU; it says nothing of other attacks.",
+        "any gate: pixels of the adaptive worst case that are right whatever weights a gate of this kind gives, from "
+        "the experts alone. Where that is far below aAcc, only the gate holds. It is a diagnostic of these images, no "
+        "bound on others.",
         f"A figure marked * is within its interval of the floor ({FLOOR}): there nothing can be compared. "
         "A model marked !1 has a flag raised against its figures: see Checks.",
     ]
@@ -200,7 +224,8 @@ def worst_table(results: RobustResults, eps: float, flags: Flags) -> list[str]:
     floor = results.floor()
     titles = ["model", "kind", "passes"]
     for name in ("miou", "aacc", "aacc_image_mean"):
-        titles += [f"{TITLES[name]} clean", "common", "adaptive"] + ["bound"] * (name == "miou")
+        titles += [f"{TITLES[name]} clean", "common", "adaptive"]
+        titles += {"miou": ["bound"], "aacc": ["any gate"]}.get(name, [])
     lines = []
     for model in ordered(results):
         clean, found = results.clean(model), [results.worst(model, eps, column) for column in COLUMNS]
@@ -213,11 +238,41 @@ def worst_table(results: RobustResults, eps: float, flags: Flags) -> list[str]:
         for name in ("miou", "aacc", "aacc_image_mean"):
             line += [percent(clean[name].value), *(with_interval(one, name, floor) for one in found)]
             line += [percent(found[-1].bracket.lower)] * (name == "miou")
+            line += [gate_free_cell(results, model, eps)] * (name == "aacc")
         lines.append(line)
     last = [FLOOR, "floor", "-"]
     for name in ("miou", "aacc", "aacc_image_mean"):
-        last += [percent(floor[name]), "-", "-"] + ["-"] * (name == "miou")
+        last += [percent(floor[name]), "-", "-"] + ["-"] * (name != "aacc_image_mean")
     return markdown_table(titles, [*lines, last], left=2)
+
+
+def transfer_lines(rows: Sequence[Mapping]) -> list[str]:
+    """Images made for one model and shown to the others, and where they hurt more than those made for it."""
+    first = rows[0]
+    lines = [
+        f"Images of {first['attack']} at eps {eps_text(first['eps'])}, {first['n_images']} of them, made for one model "
+        "and shown to every model, in percent."
+    ]
+    for metric in METRICS:
+        lines += ["", *transfer_table(rows, metric)]
+    pairs = [f"made for {source}, shown to {target}" for source, target in stronger_than_white_box(rows)]
+    told = "; ".join(pairs) or "nowhere"
+    return [*lines, "", f"Fewer right pixels than by the images made for the model itself: {told}."]
+
+
+def certificate_lines(certificates: Sequence[Certified]) -> list[str]:
+    """What no attack within eps can change, proved by interval bounds; or that there is no proof, and why."""
+    lines: dict[str, list[str]] = {}
+    for one in certificates:
+        where = f"at {eps_text(one.eps)} " if one.value is not None else ""
+        said = one.reason if one.value is None else f"{percent(one.value)} % of the pixels"
+        lines.setdefault(one.model, []).append(where + said)
+    return [f"- {model}: {', '.join(dict.fromkeys(said))}." for model, said in lines.items()]
+
+
+def gate_free_cell(results: RobustResults, model: str, eps: float) -> str:
+    found = results.gate_free(model, eps)
+    return percent(found.value) if isinstance(found, Estimate) else found or "-"
 
 
 def with_interval(worst: Worst, name: str, floor: Mapping[str, float]) -> str:

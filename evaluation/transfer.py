@@ -17,6 +17,7 @@ from metrics.confusion import aacc, confusion, miou
 
 CLEAN = "clean"
 METRICS = ("aacc", "miou")
+TRANSFER_COLUMNS = ("source", "target", "eps", "attack", "metric", "value", "n_images")
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,29 @@ class Transfer:
 
     def table(self, metric: str = "miou") -> list[str]:
         """Lines of a Markdown table in percent: made for (rows), shown to (columns)."""
-        cells = [
-            [name, *map(percent, line)] for name, line in zip(self.sources, self.matrix(metric), strict=True)
-        ]
-        return markdown_table([f"made for \\ shown to, {metric}", *self.targets], cells, 1)
+        return transfer_table(self.rows(), metric)
 
     def stronger_than_white_box(self) -> list[tuple[str, str]]:
-        """(source, target) where images made for another target, or the clean ones, leave fewer pixels right than
-        those made for itself: a sign that its gradients are masked, or that the attack is too weak."""
-        figures = self.matrix("aacc")
-        return [
-            (source, target)
-            for row, source in enumerate(self.sources)
-            for column, target in enumerate(self.targets)
-            if figures[row, column] < figures[self.sources.index(target), column]
-        ]
+        """See `stronger_than_white_box`."""
+        return stronger_than_white_box(self.rows())
+
+
+def transfer_table(rows: Iterable[Mapping], metric: str = "miou") -> list[str]:
+    """Lines of a Markdown table in percent of the rows of a Transfer: made for (rows), shown to (columns)."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            lines.setdefault(row["source"], {})[row["target"]] = percent(row["value"])
+    targets = next(iter(lines.values()))
+    cells = [[source, *(found[target] for target in targets)] for source, found in lines.items()]
+    return markdown_table([f"made for \\ shown to, {metric}", *targets], cells, 1)
+
+
+def stronger_than_white_box(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
+    """(source, target) where images made for another target, or the clean ones, leave fewer pixels right than those
+    made for itself: a sign that its gradients are masked, or that the attack is too weak."""
+    right = {(row["source"], row["target"]): row["value"] for row in rows if row["metric"] == "aacc"}
+    return [pair for pair, value in right.items() if value < right[pair[1], pair[1]]]
 
 
 def transfer(

@@ -5,18 +5,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from attacks.threat import Threat, seed_of
 from dataloaders.cache import open_cache
 from dataloaders.frames import Frame, FrameIndex
-from engine.config import Evaluate, Evaluation, UserError
-from evaluation.findings import Finding, write_findings
+from engine.config import Component, Evaluate, Evaluation, UserError
+from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
+from evaluation.certificate import certify_targets
+from evaluation.detectors import cost, detection_rows
+from evaluation.findings import Finding
+from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all
-from evaluation.robust_tables import FINDINGS, add_to_results, robust_summary, write_robust
+from evaluation.robust_tables import add_to_results, eps_text, robust_summary, write_robust
 from evaluation.suites import Member, extra_members, members, needs_class_weights
 from evaluation.target_checks import check_targets
 from evaluation.targets import Target, target_of
+from evaluation.transfer import transfer
 from networks.ensemble import Ensemble
 from pipelines.matrix import Zoo, is_whole
 from pipelines.segmentation import evaluation_batches
@@ -51,8 +57,14 @@ def attack_rows(
     if not attack_all(ledger, Scenes(batches), targets, own, setup, device=device, replace=overwrite):
         print(f"robustness: done here; other processes are still at work on {ledger}")
         return False
-    found = check_few(Scenes(batches), targets, own, setup, device) if settings.attack_checks else []
-    write_findings(folder / FINDINGS, found)
+    scenes = Scenes(batches)
+    found = check_few(scenes, targets, own, setup, device) if settings.attack_checks else []
+    write_beside(folder / FINDINGS, found)
+    write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
+    source = {"ledger": read_manifest(ledger), "transfer": settings.transfer and settings.transfer.plain()}
+    once(folder / TRANSFER, source, lambda: transfer_rows(settings.transfer, targets, scenes, setup, device))
+    source = {"ledger": read_manifest(ledger), "detectors": settings.detectors}
+    once(folder / DETECTORS, source, lambda: detector_rows(settings.detectors, targets, scenes, setup, device))
     results = write_robust(folder, ledger)
     if (folder / "results.csv").exists():
         add_to_results(folder / "results.csv", folder / "robustness.csv")
@@ -73,6 +85,43 @@ def check_few(
     seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
     threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
     return check_targets(targets, images, labels, threat, own)
+
+
+def transfer_rows(
+    attack: Component | None,
+    targets: Sequence[Target],
+    scenes: "Scenes",
+    setup: Setup,
+    device: torch.device,
+) -> list[dict]:
+    """What every target says of the images that the attack makes for each at the largest eps; none without one."""
+    if attack is None or len(targets) < 2:
+        return []
+    eps = max(setup.eps)
+    count = sum(len(scene.names) for scene in scenes)
+    print(f"transfer: {attack.name} at eps {eps_text(eps)} for each of {len(targets)} rows, shown to all")
+
+    def batches() -> Iterator[tuple[Tensor, Tensor, Threat]]:
+        for scene in scenes:
+            seeds = tuple(seed_of(setup.seed, name, "transfer") for name in scene.names)
+            threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
+            yield scene.images.to(device), scene.labels.to(device), threat
+
+    found = transfer(targets, attack, batches(), len(setup.classes))
+    about = {"eps": eps, "attack": attack.name, "n_images": count}
+    return [row | about for row in found.rows()]
+
+
+def detector_rows(
+    wanted: bool, targets: Sequence[Target], scenes: "Scenes", setup: Setup, device: torch.device
+) -> list[dict]:
+    """Scores of every target as detectors of attacks at the largest eps; none where they are not wanted."""
+    rows, eps = [], max(setup.eps)
+    for target in targets if wanted else ():
+        passes = cost(target)
+        print(f"detectors of {target.name}: {passes} passes per image at eps {eps_text(eps)}")
+        rows += detection_rows(target, scenes, setup, eps, device=device)
+    return rows
 
 
 def describe_attacks(config: Evaluation, index: FrameIndex, zoo: Zoo, subsets: Sequence[str]) -> str:
