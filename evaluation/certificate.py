@@ -145,7 +145,7 @@ def certify_mixture(
 
 def chain(network: nn.Module) -> list[nn.Module]:
     """The layers of nested nn.Sequential, and of a frozen expert, in order; else the network as its own layer."""
-    if type(network).forward is nn.Sequential.forward:
+    if getattr(type(network), "forward", None) is nn.Sequential.forward:
         return [layer for child in network for layer in chain(child)]
     return chain(network.network) if type(network).__name__ == "Frozen" else [network]
 

@@ -17,7 +17,7 @@ from typing import Any
 from engine.config import UserError
 from engine.runs import atomic_write
 
-FORMAT = 1  # raised when records change their meaning
+FORMAT = 2  # raised when records change their meaning
 INCUMBENTS = ("pixels", "balanced")  # fewest correct pixels, lowest class-balanced accuracy
 SHOWN = 12  # differences in a message
 

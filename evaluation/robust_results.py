@@ -65,7 +65,9 @@ class RobustResults:
         self._columns = {name: {} for name in self.targets}  # of each target: member -> column
         self._cells: dict[tuple, ClassCounts] = {}  # (target, eps, member, incumbent) -> [N, K]
         self._forwards: dict[tuple, np.ndarray] = {}  # (target, eps, member) -> [N]
-        self._gate_free: dict[tuple, list] = {}  # (target, eps, member, incumbent) -> N times pixels, or why not
+        self._gate_free: dict[
+            tuple, list
+        ] = {}  # (target, eps, member, incumbent) -> N times pixels, or why not
         self.seconds_of: dict[str, tuple] = {}  # unit -> (target, eps, member)
         for unit in units_of(manifest):
             self._columns[unit.target][unit.member] = unit.column

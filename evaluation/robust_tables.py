@@ -116,7 +116,11 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
                     add(model, role, attack, eps, {"aacc_gate_free": gate_free}, passes_per_image=passes)
     for one in certificates:
         if one.value is not None:
-            own = {"model": one.model, "kind": results.targets[one.model]["role"], "attack": "interval bounds"}
+            own = {
+                "model": one.model,
+                "kind": results.targets[one.model]["role"],
+                "attack": "interval bounds",
+            }
             own |= {"eps": one.eps, "metric": "aacc_certified", "value": one.value}
             rows.append({**base, **own})
     for name, value in results.floor().items():

@@ -64,7 +64,9 @@ def attack_rows(
     source = {"ledger": read_manifest(ledger), "transfer": settings.transfer and settings.transfer.plain()}
     once(folder / TRANSFER, source, lambda: transfer_rows(settings.transfer, targets, scenes, setup, device))
     source = {"ledger": read_manifest(ledger), "detectors": settings.detectors}
-    once(folder / DETECTORS, source, lambda: detector_rows(settings.detectors, targets, scenes, setup, device))
+    once(
+        folder / DETECTORS, source, lambda: detector_rows(settings.detectors, targets, scenes, setup, device)
+    )
     results = write_robust(folder, ledger)
     if (folder / "results.csv").exists():
         add_to_results(folder / "results.csv", folder / "robustness.csv")

@@ -107,7 +107,7 @@ def test_an_image_and_a_mask_of_different_size_are_refused_naming_both(root):
         ({"subset_column": "split"}, r"manifest\.csv:5: the column 'split' is empty"),
         ({"manifest": "other.csv"}, r"other\.csv: cannot be read"),
         ({"classes": "other.json"}, r"other\.json: cannot be read"),
-        ({"guard": 3}, "guard are for split_by: blocks"),
+        ({"guard": 3}, "guard and split_shares are for split_by: blocks"),
         ({"split_by": "blocks"}, "split_by: blocks needs sequence_column"),
         (
             {"split_by": "blocks", "sequence_column": "drive", "train_only": "drive=z"},

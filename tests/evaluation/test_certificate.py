@@ -8,7 +8,17 @@ from torch import nn
 
 from attacks.pgd import pgd
 from attacks.threat import Threat
-from evaluation.certificate import bounds, certify, certify_mixture, is_supported
+from evaluation.certificate import (
+    Certified,
+    bounds,
+    certify,
+    certify_mixture,
+    certify_targets,
+    is_supported,
+)
+from evaluation.plan import Scene, Setup
+from evaluation.targets import target_of
+from networks.ensemble import Ensemble, mean
 from networks.gates import ClasswiseGate, SimpleGate
 from networks.moe import MixtureOfExperts
 from networks.normalize import Normalize
@@ -220,3 +230,46 @@ def test_experts_that_are_no_chain_get_none():
         certify_mixture(model, images, labels, 0.001).reason
         == "none computed: no interval bounds through GELU"
     )
+
+
+def scenes(count=2):
+    dice = torch.Generator().manual_seed(5)
+    images = torch.rand(count, 2, 3, 8, 8, generator=dice)
+    for batch, one in enumerate(images):
+        labels = torch.randint(0, 4, (2, 8, 8), generator=dice)
+        labels[0, 0] = 255
+        yield Scene(one, labels, (f"{batch}a", f"{batch}b"), (f"{batch}", f"{batch}"))
+
+
+def test_shares_of_targets_are_taken_over_all_labelled_pixels_of_all_batches():
+    model, _, _ = mixture()
+    targets = [target_of("moe", model), target_of("net", model.experts[0])]
+    setup = Setup(("a", "b", "c", "d"), (0.25 / 255, 1 / 255))
+    found = {(one.model, one.eps): one for one in certify_targets(targets, list(scenes()), setup)}
+    assert list(found) == [(name, eps) for name in ("moe", "net") for eps in setup.eps]
+    for name, check, network in (("moe", certify_mixture, model), ("net", certify, model.experts[0])):
+        right = sum(int(check(network, s.images, s.labels, 1 / 255).right.sum()) for s in scenes())
+        assert found[name, 1 / 255] == Certified(name, 1 / 255, right / (2 * (2 * 64 - 8)), "", 4)
+        assert found[name, 0.25 / 255].value > found[name, 1 / 255].value > 0
+
+
+def test_targets_without_a_certificate_say_why_and_run_no_further_batch():
+    model, _, _ = mixture(ClasswiseGate)
+    ensemble = Ensemble({"a": model.experts[0], "b": model.experts[1]}, mean).eval()
+    setup = Setup(("a", "b", "c", "d"), (1 / 255,))
+    seen = []
+
+    def watched():
+        for scene in scenes():
+            seen.append(scene)
+            yield scene
+
+    targets = [target_of("moe", model), target_of("mean", ensemble)]
+    for target in targets:
+        (found,) = certify_targets([target], watched(), setup)
+        assert found.value is None and found.reason.startswith("none computed: ")
+    assert len(seen) == 2
+    (found,) = certify_targets(
+        [target_of("net", model.experts[0])], watched(), Setup(setup.classes, (1.0,), norm="l2")
+    )
+    assert found.value is None and "for linf" in found.reason and len(seen) == 2

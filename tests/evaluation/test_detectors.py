@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attacks.evade import SCORES, Said
-from evaluation.detectors import DETECTORS, cost, detection_lines, detection_rows, scores_of, side_by_side
+from evaluation.detectors import DETECTORS, cost, detection_rows, detection_table, scores_of, side_by_side
 from evaluation.plan import Setup
 from tests.evaluation import robust_toy as toy
 
@@ -62,7 +62,7 @@ def test_an_attacker_who_knows_the_detector_is_never_the_weaker_one(rows):
         kept = pair["adaptive"]["clean"] - pair["adaptive"]["attacked"]
         assert kept >= 0.5 * (pair["plain"]["clean"] - pair["plain"]["attacked"])
     assert sum(pair["adaptive"]["auroc"] < pair["plain"]["auroc"] - 0.05 for pair in pairs) >= 4
-    assert len(detection_lines(rows)) == 11
+    assert len(detection_table(rows)) == 2 + 10
 
 
 def test_an_attack_that_hides_by_doing_nothing_doesn_t_count():

@@ -1,16 +1,6 @@
 """Findings beside the figures that they touch."""
 
-import pytest
-
-from engine.config import UserError
-from evaluation.findings import (
-    Finding,
-    Flags,
-    finding_lines,
-    finding_rows,
-    read_findings,
-    write_findings,
-)
+from evaluation.findings import Finding, Flags, finding_lines, finding_rows
 
 LOW, HIGH = 2 / 255, 8 / 255
 MASKED = Finding("masking", "moe", HIGH, "", "flag", "a gap")
@@ -42,15 +32,8 @@ def test_a_report_tells_flags_notes_and_what_was_fine():
     assert finding_lines([FINE])[0] == "No check raised a flag."
 
 
-def test_rows_and_the_file_hold_everything(tmp_path):
+def test_rows_hold_everything():
     assert finding_rows([LOST])[0] == {
         "model": "net", "eps": HIGH, "attack": "pgd", "check": "silent success (indicator of attack failure 3)",
         "severity": "flag", "text": "lost",
     }  # fmt: skip
-    write_findings(tmp_path / "findings.json", ALL)
-    assert read_findings(tmp_path / "findings.json") == ALL
-    (tmp_path / "findings.json").write_text("[{]")
-    with pytest.raises(UserError, match="damaged"):
-        read_findings(tmp_path / "findings.json")
-    with pytest.raises(UserError, match="no findings here"):
-        read_findings(tmp_path / "other.json")

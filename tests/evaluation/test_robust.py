@@ -134,9 +134,10 @@ def test_uint8_images_are_rounded_before_they_are_scored(tmp_path):
 def test_routes_are_recorded(tmp_path):
     toy.run(tmp_path)
     gate = toy.targets()[2].model
-    images = {
-        name: image for scene in toy.scenes() for name, image in zip(scene.names, scene.images, strict=True)
-    }
+    images, labels = (
+        {name: one for scene in toy.scenes() for name, one in zip(scene.names, part(scene), strict=True)}
+        for part in (lambda scene: scene.images, lambda scene: scene.labels)
+    )
     flips = []
     for unit, record in records_of(tmp_path):
         assert ("route" in record) == (unit.target == "gate")
@@ -145,7 +146,10 @@ def test_routes_are_recorded(tmp_path):
         assert sum(record["weights"][0][expert][0] for expert in (0, 1)) == 1  # a hard gate
         assert record["weights"][0][record["route"][0][0]] == [1.0]
         flips.append(record["flips"])
+        assert record["gate_free"] <= min(record["expert_right"])
         if unit.eps == 0:
+            right = gate.expert_logits(images[record["image"]][None]).argmax(2) == labels[record["image"]]
+            assert record["gate_free"] == right.all(dim=1).sum()
             logits = gate.gate_logits(images[record["image"]][None])[0, 0, :, 0, 0, 0]
             assert record["flips"] == 0
             assert record["margin"] == pytest.approx((logits[0] - logits[1]).abs().item(), rel=1e-4)

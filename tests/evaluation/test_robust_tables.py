@@ -6,6 +6,9 @@ from itertools import product
 import numpy as np
 import pytest
 
+from evaluation.beside import Beside
+from evaluation.certificate import Certified
+from evaluation.findings import Finding
 from evaluation.ledger import INCUMBENTS
 from evaluation.plan import units_of
 from evaluation.results import FLOOR
@@ -40,8 +43,10 @@ def ledger(
     targets=("mean", "moe"),
     blocks=IMAGES,
     sizes=(SIZE, SIZE),
+    gate_free=None,
 ):
-    """(manifest, units) where `right(target, eps, attack, image index, incumbent)` says what is right."""
+    """(manifest, units) where `right(target, eps, attack, image index, incumbent)` says what is right, and
+    `gate_free` of the same what every gate leaves right."""
     roles = {"mean": "ensemble", "moe": "gate", "other": "gate"}
     manifest = {
         "protocol": {"classes": ["road", "sky", "rail"], "seed": 7, "threads": 1, "split": "test"},
@@ -80,6 +85,15 @@ def ledger(
                     right(unit.target, unit.eps, unit.member, IMAGES.index(image), incumbent), sizes
                 ),
                 "forwards": 1 if unit.member == "clean" else 5,
+                **(
+                    {
+                        "gate_free": gate_free(
+                            unit.target, unit.eps, unit.member, IMAGES.index(image), incumbent
+                        )
+                    }
+                    if gate_free and unit.target == "moe"
+                    else {}
+                ),
             }
             for incumbent, image in product(INCUMBENTS, unit.images)
         ]
@@ -118,6 +132,58 @@ def test_the_worst_case_is_that_of_each_image_and_smaller_eps_are_candidates():
     assert adaptive.figures["miou"].value == pytest.approx(expected)
     assert adaptive.bracket.lower <= adaptive.figures["miou"].value
     assert found.counted.tolist() == [0, 1]  # no pixel is of class 2
+
+
+def test_the_gate_free_floor_is_that_of_the_images_of_the_worst_case():
+    def free(target, eps, attack, image, incumbent):
+        return {"clean": 13, "fast": 7, "sly": 3 + (incumbent == "balanced")}[attack]
+
+    found = results(gate_free=free)
+    # clean images are the worst case of the odd ones at the small eps; of even ones it is always fast's
+    assert found.gate_free("moe", 0.0).value == 13 / 20
+    assert found.gate_free("moe", SMALL).value == (6 * 7 + 6 * 13) / 240
+    assert (
+        found.gate_free("moe", LARGE).value == (6 * 7 + 6 * 4) / 240
+    )  # sly's balanced images have fewer right
+    assert found.gate_free("moe", LARGE, "common").value == found.gate_free("moe", SMALL).value
+    assert found.gate_free("mean", LARGE) is None
+    low, high = found.gate_free("moe", LARGE).interval()
+    assert low < found.gate_free("moe", LARGE).value < high
+    row = next(row for row in robust_rows(found) if row["metric"] == "aacc_gate_free" and row["eps"] == SMALL)
+    assert (row["model"], row["value"]) == ("moe", 120 / 240)
+    table = robust_markdown(found).splitlines()
+    assert next(line for line in table if line.startswith("| moe")).split(" | ")[10] == "50.00"
+    assert next(line for line in table if line.startswith("| mean")).split(" | ")[10] == "-"
+    why = results(gate_free=lambda *_: "none: why")
+    assert why.gate_free("moe", LARGE) == "none: why" and "| none: why |" in robust_markdown(why)
+    assert not any(row["metric"] == "aacc_gate_free" for row in robust_rows(why))
+
+
+def test_what_stands_beside_is_told_with_the_rest():
+    rows = [
+        {"source": source, "target": target, "metric": metric, "value": value, "eps": LARGE, "attack": "pgd",
+         "n_images": 12}
+        for metric in ("aacc", "miou")
+        for source, values in {"clean": (0.9, 0.8), "mean": (0.5, 0.3), "moe": (0.6, 0.4)}.items()
+        for target, value in zip(("mean", "moe"), values, strict=True)
+    ]  # fmt: skip
+    beside = Beside(
+        [Finding("masking", "moe", LARGE, "", "flag", "a gap")],
+        [Certified("mean", SMALL, 0.25, "", 12), Certified("mean", LARGE, 0.125, "", 12)]
+        + [Certified("moe", eps, None, "none computed: why", 0) for eps in (SMALL, LARGE)],
+        rows,
+    )
+    text = robust_markdown(results(), beside)
+    assert "- mean: at 1/255 25.00 % of the pixels, at 2/255 12.50 % of the pixels." in text
+    assert "- moe: none computed: why." in text
+    assert "| mean | 50.00 | 30.00 |" in text and "made for mean, shown to moe." in text
+    assert "| moe !1 |" in text and "## Checks" in text and "## Detectors" not in text
+    found = [row for row in robust_rows(results(), beside.certificates) if row["metric"] == "aacc_certified"]
+    assert [(row["model"], row["eps"], row["value"]) for row in found] == [
+        ("mean", SMALL, 0.25),
+        ("mean", LARGE, 0.125),
+    ]
+    assert all(set(row) <= set(RESULT_COLUMNS) for row in found)
 
 
 def test_of_a_single_attack_accuracy_is_that_of_one_incumbent_and_miou_the_lower_of_both():

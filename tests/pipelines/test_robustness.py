@@ -56,6 +56,34 @@ def test_checks_stand_beside_the_figures(workshop):
     assert {row["part"] for row in rows_of(folder / "components.csv")} > {"clean", "model"}
 
 
+def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(workshop, monkeypatch):
+    asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"]}
+    config = attacked(workshop, name="aside", attack_rows=["gate", "day"], attack_images=2, **asked)
+    workshop.evaluate(config)
+    folder = workshop.run("aside") / "evaluation" / "test"
+    rows = rows_of(folder / "transfer.csv")
+    pairs = [(source, target) for source in ("clean", "gate", "day") for target in ("gate", "day")]
+    assert [(row["source"], row["target"]) for row in rows] == pairs * 2
+    assert {(row["attack"], row["n_images"]) for row in rows} == {("fgsm", "2")}
+    clean = {row["model"]: float(row["value"]) for row in rows_of(folder / "robustness.csv")
+             if row["attack"] == "clean" and row["metric"] == "aacc"}  # fmt: skip
+    assert {row["target"]: float(row["value"]) for row in rows[:2]} == pytest.approx(clean)
+    scores = [(row["model"], row["score"]) for row in rows_of(folder / "detectors.csv")]
+    assert ("gate", "gate_entropy") in scores and ("day", "entropy") in scores
+    text = (folder / "robustness.md").read_text()
+    assert "## Transfer" in text and "## Detectors" in text and "- gate: none computed" in text
+
+    def again(*_, **__):
+        raise AssertionError("made a second time")
+
+    for name in ("transfer", "detection_rows"):
+        monkeypatch.setattr(f"pipelines.robustness.{name}", again)
+    for name in ("robustness.md", "robustness.csv"):
+        (folder / name).unlink()
+    workshop.evaluate(config)
+    assert (folder / "robustness.md").read_text() == text
+
+
 def test_all_rows_are_attacked_and_stand_behind_the_clean_ones(evaluated):
     folder, printed = evaluated
     rows = rows_of(folder / "results.csv")
