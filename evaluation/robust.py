@@ -156,7 +156,7 @@ class Bench:
         records = []
         for incumbent in INCUMBENTS:
             check_inside(points[incumbent], self.images, threat)
-            own = self._of_points(points[incumbent])
+            own = self.score(points[incumbent])
             for place, name in enumerate(self.scene.names):
                 about = {"image": name, "incumbent": incumbent}
                 about |= {key: values[place] for key, values in shared.items()}
@@ -189,7 +189,7 @@ class Bench:
             "unsettled": unsettled(found.losses),
         }
 
-    def _of_points(self, points: Tensor) -> dict[str, list]:
+    def score(self, points: Tensor) -> dict[str, list]:
         """What the unmodified model says of the points, values per image: counts, change, routing."""
         with torch.no_grad():
             logits = self.target.model(points)

@@ -25,7 +25,7 @@ from evaluation.rows import Row, constant_row
 from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines import corruptions, robustness
-from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo
+from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo, subsets_of
 from pipelines.segmentation import evaluation_batches, pick_device, refuse_bad_data
 from reports.figures import overlay, shown_rows
 
@@ -46,7 +46,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     if done and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     index = config.data.build()
-    subsets = settings.subsets or [*config.data.subsets, *(["all"] if len(config.data.subsets) > 1 else [])]
+    subsets = subsets_of(config)
     frames = index.select(settings.split, subsets)
     zoo = load_zoo(config, index)
     if options.dry_run:

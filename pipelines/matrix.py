@@ -28,6 +28,12 @@ CONSTANT, TRUE_SUBSET, RANDOM = "constant weights", "true subset", "random weigh
 BASELINES_MEAN = "mean of baselines"
 
 
+def subsets_of(config: Evaluation) -> list[str]:
+    """Subsets that are evaluated: those asked for; else those of the data, and all of them together."""
+    own = config.data.subsets
+    return config.evaluate.subsets or [*own, *(["all"] if len(own) > 1 else [])]
+
+
 @dataclass(frozen=True)
 class Zoo:
     """The trained networks of an evaluation. `networks` run, once per image; the rest names them.

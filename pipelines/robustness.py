@@ -24,7 +24,7 @@ from evaluation.target_checks import check_targets
 from evaluation.targets import Target, target_of
 from evaluation.transfer import transfer
 from networks.ensemble import Ensemble
-from pipelines.matrix import Zoo, is_whole
+from pipelines.matrix import Zoo, is_whole, load_zoo, subsets_of
 from pipelines.segmentation import evaluation_batches
 
 CHECKED = 2  # images that the honesty checks of networks look at
@@ -48,16 +48,14 @@ def attack_rows(
     """Attacks what the config asks for and, where the ledger is complete then, writes the tables into the folder of
     the evaluation; whether it was."""
     settings = config.evaluate
-    setup, frames = setup_of(config, index, subsets), attacked_frames(config, index, subsets)
+    setup, scenes = setup_of(config, index, subsets), scenes_of(config, index, subsets)
     targets, own = attacked_rows(config, index, zoo)
     for target in targets:  # of one layout in all processes, whether they did the clean pass or not
         target.model.to(device, memory_format=torch.channels_last)
-    batches = evaluation_batches(config.data, index, frames, settings.attack_batch_size, "network")
     ledger = folder / "ledger"
-    if not attack_all(ledger, Scenes(batches), targets, own, setup, device=device, replace=overwrite):
+    if not attack_all(ledger, scenes, targets, own, setup, device=device, replace=overwrite):
         print(f"robustness: done here; other processes are still at work on {ledger}")
         return False
-    scenes = Scenes(batches)
     found = check_few(scenes, targets, own, setup, device) if settings.attack_checks else []
     write_beside(folder / FINDINGS, found)
     write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
@@ -72,6 +70,21 @@ def attack_rows(
         add_to_results(folder / "results.csv", folder / "robustness.csv")
     print("\n".join(["", *robust_summary(results), "", f"robustness: {folder / 'robustness.md'}"]))
     return True
+
+
+def submitted(config: Evaluation, device: torch.device) -> tuple[list[Target], "Scenes"]:
+    """The rows and the clean images that the config of an evaluation stands for, as `attack_rows` had them."""
+    index = config.data.build()
+    targets, _ = attacked_rows(config, index, load_zoo(config, index))
+    for target in targets:
+        target.model.to(device, memory_format=torch.channels_last)
+    return targets, scenes_of(config, index, subsets_of(config))
+
+
+def scenes_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> "Scenes":
+    """The fixed batches of frames that are attacked."""
+    frames, size = attacked_frames(config, index, subsets), config.evaluate.attack_batch_size
+    return Scenes(evaluation_batches(config.data, index, frames, size, "network"))
 
 
 def check_few(

@@ -13,6 +13,7 @@ from engine.config import UserError
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
 from evaluation.rows import Outputs
+from evaluation.verify import main
 from pipelines.matrix import load_zoo
 from pipelines.robustness import attacked_frames, attacked_rows, attacked_subsets, is_asked, target_of_row
 from tests.pipelines.test_segmentation import evaluation_of
@@ -82,6 +83,22 @@ def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(works
         (folder / name).unlink()
     workshop.evaluate(config)
     assert (folder / "robustness.md").read_text() == text
+
+
+def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop, capsys):
+    config = attacked(
+        workshop, name="submitted", attack_rows=["gate", "day"], attack_images=2, adversarials="uint8"
+    )
+    workshop.evaluate(config)
+    folder = workshop.run("submitted") / "evaluation" / "test"
+    capsys.readouterr()
+    assert main([str(folder)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "verified"
+    assert main([str(folder), f"experts.night={workshop.run('day')}"]) == 2
+    printed = capsys.readouterr().out
+    assert "wrong: gate: other weights or another network" in printed and printed.endswith("refused\n")
+    assert main([str(folder), "evaluate.attack_imagse=3"]) == 2
+    assert "did you mean" in capsys.readouterr().err
 
 
 def test_all_rows_are_attacked_and_stand_behind_the_clean_ones(evaluated):
