@@ -9,12 +9,15 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from evaluation.results import Results
+from evaluation.robust_results import COLUMNS, RobustResults
+from evaluation.robust_tables import ordered
 from reports.figures import INK, MUTED, expert_color, to_png
 
 GRID = "#dde3e9"
 OTHER_COLORS = ("#52606d", "#7b3294", "#b2182b", "#1b7837", "#2166ac", "#bf812d")  # of what is no expert
 BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafc", "#9fc5e8", "#1c5d99"])
 PRINT_DPI = 150
+STYLES = {"ensemble": "--", "gate": "-", "expert": ":", "baseline": "-."}  # of curves by kind of row
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,35 @@ def matrix_heatmap(results: Results, subsets: Sequence[str]) -> bytes:
     panel.set_yticks(range(len(names)), names, fontsize=8.5, color=INK)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
+    return to_png(figure, PRINT_DPI)
+
+
+def robust_curves(results: RobustResults) -> bytes:
+    """mIoU of the worst case over eps: common attacks on the left, gate-aware and ensemble-aware ones as well on the
+    right, with 95 % intervals as bands, and the floor. PNG."""
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    steps, names = [0, *(eps * 255 for eps in results.ladder)], list(ordered(results))
+    experts = results.of_role("expert")
+    panels = figure.subplots(1, len(COLUMNS), sharey=True)
+    for panel, column in zip(panels, COLUMNS, strict=True):
+        for index, name in enumerate(names):
+            found = [
+                results.clean(name),
+                *(results.worst(name, eps, column).figures for eps in results.ladder),
+            ]
+            values = np.array([(one["miou"].value, *one["miou"].interval()) for one in found]) * 100
+            color, style = _color(name, index, experts), STYLES.get(results.targets[name]["role"], "-")
+            panel.plot(steps, values[:, 0], style, marker=".", linewidth=1.5, color=color, label=name)
+            panel.fill_between(steps, values[:, 1], values[:, 2], color=color, alpha=0.12, linewidth=0)
+        floor = 100 * results.floor()["miou"]
+        panel.axhline(floor, color=MUTED, linewidth=1, linestyle=(0, (1, 2)), label="best constant class")
+        panel.set_title(f"{column} attacks: mIoU (%)", fontsize=10, loc="left", color=INK)
+        panel.set_xlabel(
+            "eps, in 1/255" if results.protocol["norm"] == "linf" else "eps (L2), in 1/255", fontsize=8
+        )
+        panel.set_ylim(bottom=0)
+        _plain(panel)
+    panels[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
     return to_png(figure, PRINT_DPI)
 
 

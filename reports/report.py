@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from engine.config import UserError
 from engine.runs import atomic_write
@@ -15,12 +16,14 @@ from evaluation.disagreement import case_totals, error_detection, parts_of
 from evaluation.formats import in_brackets, number, percent, points
 from evaluation.intervals import DIFFERENCES
 from evaluation.results import KINDS, Results
+from evaluation.robust_tables import load_robust
 from evaluation.tables import COSTS, FEW_IMAGES, METRIC_TITLES, header_lines
 from metrics.confusion import iou_per_class
 from metrics.disagreement import CASES
 from reports import charts
 from reports.findings import chosen_gate, findings, main_subset
 from reports.folders import Folder, commands, environments, open_folder, run_row
+from reports.markdown import to_html
 
 TEMPLATES = Path(__file__).parent / "templates"
 GENERATED = ("roadscenes",)  # data sets that a program drew
@@ -93,7 +96,20 @@ def _evaluation_part(folder: Folder) -> dict:
         "by_class": by_class,
         "by_class_chart": _embed(charts.gate_by_class(results, by_class, members)) if by_class else "",
         "overlays": _overlays(folder.path / "overlays", results.subset_names),
+        "robust_curves": _robust_curves(folder.path / "ledger", folder.path / "robustness.csv"),
+        "robustness": _markdown(folder.path / "robustness.md"),
+        "corruptions": _markdown(folder.path / "corruptions.md"),
     }
+
+
+def _markdown(path: Path) -> Markup:
+    """A page of ours in HTML, below a heading of the second level; "" where it isn't there."""
+    return to_html(path.read_text(encoding="utf-8"), level=2) if path.exists() else Markup("")
+
+
+def _robust_curves(ledger: Path, tables: Path) -> str:
+    """The chart of a ledger whose tables are there, else ""."""
+    return _embed(charts.robust_curves(load_robust(ledger))) if tables.exists() and ledger.exists() else ""
 
 
 def _tiles(results: Results, subsets: Sequence[str]) -> list[tuple[str, str, str]]:

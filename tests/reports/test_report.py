@@ -9,8 +9,10 @@ import pytest
 
 from engine.config import UserError
 from evaluation.results import Results
+from evaluation.robust_tables import load_robust
 from evaluation.tables import Cost, write_tables
 from reports.report import write_report
+from tests.evaluation import robust_toy as toy
 
 
 def evaluation_folder(folder, results, **options):
@@ -179,6 +181,29 @@ def test_other_evaluations_than_the_usual_one(tmp_path, results_of):
     write_report([three, alone, no_gate, whole], [], tmp_path / "report.html")
     page = Page(tmp_path / "report.html")
     assert all(name in page.text for name in ("three", "alone", "no_gate", "whole", "weight of fog"))
+
+
+def test_a_robust_evaluation_has_its_curves_and_tables(tmp_path, results_of):
+    folder = evaluation_folder(tmp_path / "eval", results_of())
+    write_report([folder], [], tmp_path / "clean.html")
+    toy.run_to_tables(folder)
+    (folder / "corruptions.md").write_text("- Data roadscenes.\n\n## all\n")
+    write_report([folder], [], tmp_path / "attacked.html")
+    clean, page = Page(tmp_path / "clean.html"), Page(tmp_path / "attacked.html")
+    assert "Robustness" not in clean.text and "Corruptions" not in clean.text
+    assert (
+        "Robustness" in page.text and "eps 2/255: worst case" in page.text and "Data roadscenes." in page.text
+    )
+    results = load_robust(folder / "ledger")
+    worst = 100 * results.worst("gate", 2 / 255, "adaptive").figures["miou"].value
+    rows = [row for row in page.rows if len(row) > 5 and row[0][0].split(" !")[0] == "gate"]
+    assert any(row[5][0].startswith(f"{worst:.2f}[") for row in rows)
+    assert sum(link.startswith("data:image/png") for link in page.links) == 1 + sum(
+        link.startswith("data:image/png") for link in clean.links
+    )
+    (folder / "robustness.csv").unlink()  # the ledger goes on: its tables are old
+    write_report([folder], [], tmp_path / "half.html")
+    assert 'alt="mIoU over eps"' not in (tmp_path / "half.html").read_text()
 
 
 def test_missing_folders_are_told_and_nothing_is_written(tmp_path, results_of):
