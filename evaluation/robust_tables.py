@@ -41,8 +41,8 @@ def load_robust(ledger: str | Path) -> RobustResults:
 
 
 def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
-    """Writes the tables of a complete ledger, and of what stands beside it in the folder (see evaluation.beside),
-    robustness.csv last."""
+    """Writes the tables of a complete ledger, and of what stands beside it in the folder (see evaluation.beside); puts
+    their rows into results.csv where that is there. robustness.csv is last: where it is, all is there."""
     manifest, units = read_manifest(ledger), read_units(ledger)
     results, beside = RobustResults(manifest, units), read_beside(folder)
     beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
@@ -61,22 +61,22 @@ def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
         "transfer.csv": csv_text(TRANSFER_COLUMNS, beside.transfer),
         "detectors.csv": csv_text(DETECTION_COLUMNS, beside.detectors),
         "robustness.md": robust_markdown(results, beside),
-        "robustness.csv": csv_text(RESULT_COLUMNS, rows),
     }
     for name, text in files.items():
         if text.count("\n") == 1 and name in ("transfer.csv", "detectors.csv"):  # not asked for
             continue
         atomic_write(Path(folder) / name, text.encode())
+    if (Path(folder) / "results.csv").exists():
+        add_to_results(Path(folder) / "results.csv", rows)
+    atomic_write(Path(folder) / "robustness.csv", csv_text(RESULT_COLUMNS, rows).encode())
     return results
 
 
-def add_to_results(path: str | Path, robust: str | Path) -> None:
-    """Puts the rows of a robustness.csv behind the other rows of a results.csv, in place of earlier ones."""
+def add_to_results(path: str | Path, robust: Iterable[Mapping]) -> None:
+    """Puts rows of attacks behind the other rows of a results.csv, in place of earlier ones."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if not row["suite"]]
-    with open(robust, newline="", encoding="utf-8") as file:
-        rows += csv.DictReader(file)
-    atomic_write(path, csv_text(RESULT_COLUMNS, rows).encode())
+    atomic_write(path, csv_text(RESULT_COLUMNS, [*rows, *robust]).encode())
 
 
 def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) -> list[dict]:

@@ -18,7 +18,7 @@ from evaluation.findings import Finding
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all
-from evaluation.robust_tables import add_to_results, eps_text, robust_summary, write_robust
+from evaluation.robust_tables import eps_text, robust_summary, write_robust
 from evaluation.suites import Member, extra_members, members, needs_class_weights
 from evaluation.target_checks import check_targets
 from evaluation.targets import Target, target_of
@@ -66,8 +66,6 @@ def attack_rows(
         folder / DETECTORS, source, lambda: detector_rows(settings.detectors, targets, scenes, setup, device)
     )
     results = write_robust(folder, ledger)
-    if (folder / "results.csv").exists():
-        add_to_results(folder / "results.csv", folder / "robustness.csv")
     print("\n".join(["", *robust_summary(results), "", f"robustness: {folder / 'robustness.md'}"]))
     return True
 

@@ -332,13 +332,13 @@ def test_robust_rows_stand_behind_clean_ones_once(tmp_path):
             writer.writerows(rows)
 
     write("results.csv", [{"model": "moe", "metric": "miou", "value": "0.5"}])
-    write("robustness.csv", [{"model": "moe", "metric": "miou", "suite": "quick", "value": "0.1"}])
-    add_to_results(tmp_path / "results.csv", tmp_path / "robustness.csv")
+    attacked = [{"model": "moe", "metric": "miou", "suite": "quick", "value": "0.1"}]
+    add_to_results(tmp_path / "results.csv", attacked)
     once = (tmp_path / "results.csv").read_bytes()
     with open(tmp_path / "results.csv", newline="") as file:
         assert [(row["suite"], row["value"]) for row in csv.DictReader(file)] == [
             ("", "0.5"),
             ("quick", "0.1"),
         ]
-    add_to_results(tmp_path / "results.csv", tmp_path / "robustness.csv")
+    add_to_results(tmp_path / "results.csv", attacked)
     assert (tmp_path / "results.csv").read_bytes() == once
