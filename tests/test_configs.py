@@ -155,4 +155,6 @@ def test_pipelines_of_both_families_have_the_same_stages_and_rows(folder):
         else:
             assert (theirs.network.name, ours.network.name) == ("deeplabv3plus", "frrn")
             assert ours.network.args["width"] < 1
-        assert ours.data == theirs.data
+        size = theirs.data.image_size  # FRRN is slow: it may see smaller frames
+        assert ours.data.model_copy(update={"image_size": size}) == theirs.data
+        assert ours.data.image_size <= size
