@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.timing import medians, report, side_by_side
-from engine.config import load
+from engine.config import UserError, load
 from networks.frrn import FRRN, Convolution, FullResolutionUnit, ResidualUnit
 from networks.resize import pad_to
 from pipelines.models import load_network
@@ -84,6 +84,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures to this file as JSON as well")
     options = parser.parse_args()
 
+    agreement = ""
+    if options.weights:
+        try:
+            share, count = trained_agreement(options.weights, options.frames)
+        except UserError as error:
+            parser.error(str(error))
+        agreement = (
+            f" Trained network of {options.weights}: decisions of ours in bfloat16 and of the paper's wording in "
+            f"float32 agree on {share:.2%} of the pixels of {count} test frames."
+        )
+        print(agreement.strip())
     size = (options.batch, *options.size)
     forward = {name: evaluation(way, options.width, (1, *options.size)) for name, way in WAYS.items()}
     del forward[OURS_LEAN]  # without gradients there is nothing to keep
@@ -103,13 +114,6 @@ def main() -> None:
         )
         memory = f"{peak_memory(name, options.width, size):,.0f}"
         rows.append((name, *evaluated, f"{seconds:.2f}", f"{steps[PLAIN] / seconds:.1f}", memory))
-    agreement = ""
-    if options.weights:
-        share, count = trained_agreement(options.weights, options.frames)
-        agreement = (
-            f" Trained network of {options.weights}: decisions of ours in bfloat16 and of the paper's wording in "
-            f"float32 agree on {share:.2%} of the pixels of {count} test frames."
-        )
     report(
         f"FRRN-A, width {options.width:g}, {options.size[0]}x{options.size[1]}, untrained",
         ("way", "forward s", "forward gain", "training step s", "step gain", "peak MiB of a step"),

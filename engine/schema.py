@@ -243,7 +243,7 @@ class Train(Section):
         200, description="steps between saves of last.pt; null: once an epoch"
     )
     seed: Int = Field(304, description="seed of first weights, order and augmentation")
-    deterministic: Bool = Field(False, description="deterministic algorithms only, slower on GPU")
+    deterministic: Bool = Field(False, description="on a GPU exact kernels, slower, and a warning where an operation has none")
     tensorboard: Bool = Field(True, description="write TensorBoard files into the run folder")
     wandb: Bool = Field(False, description="log to Weights & Biases as well (package wandb)")
 
