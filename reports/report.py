@@ -103,8 +103,11 @@ def _evaluation_part(folder: Folder) -> dict:
 
 
 def _markdown(path: Path) -> Markup:
-    """A page of ours in HTML, below a heading of the second level; "" where it isn't there."""
-    return to_html(path.read_text(encoding="utf-8"), level=2) if path.exists() else Markup("")
+    """A page of ours in HTML without its title; "" where it isn't there."""
+    if not path.exists():
+        return Markup("")
+    text = path.read_text(encoding="utf-8")
+    return to_html(text.partition("\n")[2] if text.startswith("# ") else text)
 
 
 def _robust_curves(ledger: Path, tables: Path) -> str:
