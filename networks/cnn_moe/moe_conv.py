@@ -1,0 +1,66 @@
+"""A convolution of E experts of which each image runs one: the cost of one, whatever E."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from networks.cnn_moe.routes import Route
+
+
+class ExpertConv(nn.Module):
+    """A convolution with a weight of its own for each expert; num_experts 1 is a plain one.
+
+    Expert e owns output channels [e * out, (e + 1) * out) of `weight` [E * out, in, k, k], initialised for itself
+    (Kaiming normal, fan out). It has no state beside its parameters: the route is an argument.
+    `site`: which of a network's routes it takes.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, *, num_experts: int = 1,
+        bias: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_channels, self.out_channels, self.num_experts = in_channels, out_channels, num_experts
+        self.stride, self.padding, self.site = stride, kernel_size // 2, 0
+        shape = (num_experts * out_channels, in_channels, kernel_size, kernel_size)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.zeros(num_experts * out_channels)) if bias else None
+        nn.init.normal_(self.weight, std=math.sqrt(2 / (out_channels * kernel_size**2)))
+
+    def forward(self, images: Tensor, routes: "list[Route] | None" = None) -> Tensor:
+        """images [B, in, H, W] in the order of the route, unless it sorts by itself; to [B, out, H', W']."""
+        if self.num_experts == 1:
+            return self.convolve(images, self.weight, self.bias)
+        route = routes[self.site]
+        weights = self.weight.chunk(self.num_experts)
+        biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
+        images = route.sort(images)
+        answers = []
+        for share in route.shares:
+            answer = self.convolve(images[share.rows], weights[share.expert], biases[share.expert])
+            if share.weight is not None:
+                answer = answer * share.weight.to(answer.dtype).view(-1, 1, 1, 1)
+            answers.append(answer)
+        if route.one_hot:
+            return route.unsort(torch.cat(answers) if len(answers) > 1 else answers[0])
+        mixed = answers[0].new_zeros(len(images), *answers[0].shape[1:])
+        for share, answer in zip(route.shares, answers, strict=True):
+            mixed = mixed.index_add(0, share.rows, answer)
+        return mixed
+
+    def convolve(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(images, weight, bias, self.stride, self.padding)
+
+    def keep_only(self, expert: int) -> None:
+        """Becomes the plain convolution of one of its experts."""
+        self.weight = nn.Parameter(self.weight.detach().chunk(self.num_experts)[expert].clone())
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.detach().chunk(self.num_experts)[expert].clone())
+        self.num_experts = 1
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, stride={self.stride}, num_experts={self.num_experts}"
+        )

@@ -1,0 +1,90 @@
+"""The router: a small ResNet that looks at the image and scores the experts of every routing site."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS, BLOCKS = (16, 32, 64), 3  # the CIFAR ResNet-20 of He et al. 2016, section 4.2
+SEEN = 32  # pixels of the shorter edge that the router sees, at least
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions; where the shape changes the shortcut skips pixels and adds empty channels (option A)."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.added = stride, channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.added:
+            x = F.pad(x, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
+        return F.relu(inner + x)
+
+
+class Router(nn.Module):
+    """images [B, 3, H, W], normalised, of any size -> scores [S, B, E] in float32, before softmax.
+
+    Larger images are averaged down to 32 to 63 pixels first, so that the router costs the same at all sizes. width:
+    times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded gap is what
+    makes softmax underflow and attacks on it stop.
+    """
+
+    def __init__(self, num_experts: int, sites: int = 1, width: float = 1.0, bound: float = 15.0):
+        super().__init__()
+        channels = [max(1, int(base * width)) for base in WIDTHS]
+        self.num_experts, self.sites, self.bound = num_experts, sites, bound
+        self.conv = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(channels[0])
+        blocks, before = [], channels[0]
+        for place, own in enumerate(channels):
+            for index in range(BLOCKS):
+                blocks.append(Block(before, own, 2 if place and not index else 1))
+                before = own
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(before, sites * num_experts)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        nn.init.normal_(self.head.weight, std=1 / math.sqrt(before))
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scale = min(images.shape[-2:]) // SEEN
+        images = F.avg_pool2d(images, scale) if scale > 1 else images
+        features = self.blocks(F.relu(self.bn(self.conv(images)))).mean(dim=(2, 3))
+        with torch.autocast(images.device.type, enabled=False):
+            scores = F.linear(features.float(), self.head.weight.float(), self.head.bias.float())
+            scores = self.bound * torch.tanh(scores / self.bound)
+        return scores.view(len(images), self.sites, self.num_experts).transpose(0, 1)
+
+    @torch.no_grad()
+    def balance(self, batches: Iterable[Tensor]) -> None:
+        """Sets the statistics of its BatchNorm to those of these images [B, 3, H, W] (normalised) and its bias so that
+        each expert is as good as the others in the mean: an untrained router sends nearly all images to one."""
+        batches, mode = list(batches), self.training
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        self.train()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean over the batches
+        for images in batches:
+            self(images)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.eval()
+        self.head.bias.zero_()
+        scores = torch.cat([self(images) for images in batches], dim=1)
+        raw = self.bound * torch.atanh((scores / self.bound).clamp(-1 + 1e-6, 1 - 1e-6))
+        self.head.bias.copy_(-raw.mean(dim=1).flatten())
+        self.train(mode)
