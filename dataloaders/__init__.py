@@ -1,7 +1,8 @@
 """Tables by name. A new entry is one new file (or function) and one line here.
 
-Data sets: functions (*, knobs) -> FrameIndex. Corruptions: functions (image uint8 [H, W, 3], severity 1..5,
-numpy Generator) -> uint8 [H, W, 3]; the 15 common ones, and the 4 extra ones that were published beside them.
+Data sets: functions (*, knobs) -> FrameIndex; image sets, for classification: (*, knobs) -> ImageSet. Corruptions:
+functions (image uint8 [H, W, 3], severity 1..5, numpy Generator) -> uint8 [H, W, 3]; the 15 common ones, and the 4
+extra ones that were published beside them.
 """
 
 DATASETS = {
@@ -9,6 +10,14 @@ DATASETS = {
     "folder": "dataloaders.folder:folder",
     "cityscapes": "dataloaders.cityscapes:cityscapes",
     "roadscenes": "dataloaders.roadscenes:roadscenes",
+}
+
+IMAGE_SETS = {
+    "cifar": "dataloaders.cifar:cifar",
+    "tiny_imagenet": "dataloaders.tiny_imagenet:tiny_imagenet",
+    "imagenet": "dataloaders.imagenet:imagenet",
+    "mnist": "dataloaders.mnist:mnist",
+    "digits": "dataloaders.digits:digits",
 }
 
 CORRUPTIONS = {

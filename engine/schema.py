@@ -243,7 +243,9 @@ class Train(Section):
         200, description="steps between saves of last.pt; null: once an epoch"
     )
     seed: Int = Field(304, description="seed of first weights, order and augmentation")
-    deterministic: Bool = Field(False, description="on a GPU exact kernels, slower, and a warning where an operation has none")
+    deterministic: Bool = Field(
+        False, description="on a GPU exact kernels, slower, and a warning where an operation has none"
+    )
     tensorboard: Bool = Field(True, description="write TensorBoard files into the run folder")
     wandb: Bool = Field(False, description="log to Weights & Biases as well (package wandb)")
 

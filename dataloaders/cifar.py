@@ -1,0 +1,119 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009): the official binary files, or folders (or archives) of image files."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from dataloaders.image_files import by_class, decoded, source_of
+from dataloaders.image_set import ImageSet, ImageSplit, with_val
+from engine.config import PositiveInt, UserError
+
+EDGE, CHANNELS = 32, 3
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+BINARY = {  # classes -> (folder, files of train, files of test, label bytes before an image, file of the names)
+    10: (
+        "cifar-10-batches-bin", tuple(f"data_batch_{place}.bin" for place in range(1, 6)), ("test_batch.bin",), 1,
+        "batches.meta.txt",
+    ),
+    100: ("cifar-100-binary", ("train.bin",), ("test.bin",), 2, "fine_label_names.txt"),
+}  # fmt: skip
+
+
+def cifar(
+    *,
+    root: str,
+    classes: Literal[10, 100] = 10,
+    val_images: PositiveInt = 5000,
+    val_seed: int = 0,
+    cache_dir: str = "",
+) -> ImageSet:
+    """root: holds cifar-10-batches-bin/ (cifar-100-binary/) as unpacked from the official archive, or is that folder;
+        or train/CLASS/*.png|jpg and test/CLASS/*, also packed as train.tar.gz and test.tar.gz.
+    classes: 10, or 100 (the fine labels).
+    val_images: taken out of train, the same number of each class, by a hash of val_seed and the image's name.
+    cache_dir: folder for decoded image files.
+
+    UserError for missing, short or damaged files."""
+    base = Path(root)
+    if not base.is_dir():
+        raise UserError(f"cifar: there is no folder {base} (data.root)")
+    folder, train, test, label_bytes, names = BINARY[classes]
+    for place in (base / folder, base):
+        if (place / test[0]).exists():
+            splits = {
+                "train": read_binary([place / name for name in train], label_bytes, classes),
+                "test": read_binary([place / name for name in test], label_bytes, classes),
+            }
+            found = ImageSet(f"cifar{classes}", class_names(place / names, classes), splits)
+            return with_val(found, val_images, val_seed)
+    sources = {split: source_of(base, split) for split in ("train", "test")}
+    if None in sources.values():
+        raise UserError(
+            f"cifar: {base} holds neither {folder}/ (the binary version) nor train/ and test/ (or .tar.gz of them)"
+        )
+    labels = folder_classes(base, sources["train"], classes)
+    splits = {
+        split: decoded(
+            source, by_class(source, labels, f"cifar {split}"), EDGE, cache_dir, f"cifar{classes} {split}"
+        )
+        for split, source in sources.items()
+    }
+    return with_val(ImageSet(f"cifar{classes}", labels, splits), val_images, val_seed)
+
+
+def read_binary(paths: list[Path], label_bytes: int, classes: int) -> ImageSplit:
+    """Rows of label bytes (the last one counts) and 3072 bytes of an image, planes R, G, B."""
+    row = label_bytes + CHANNELS * EDGE**2
+    parts = []
+    for path in paths:
+        try:
+            content = np.fromfile(path, np.uint8)
+        except OSError as error:
+            raise UserError(f"{path}: can't be read: {error.strerror}") from error
+        if not len(content) or len(content) % row:
+            raise UserError(
+                f"{path}: {len(content)} bytes are no whole number of rows of {row}; download it again"
+            )
+        parts.append(content.reshape(-1, row))
+    rows = np.concatenate(parts)
+    labels = rows[:, label_bytes - 1].astype(np.int64)
+    if labels.max() >= classes:
+        raise UserError(
+            f"{paths[0]}: label {labels.max()}, allowed: 0 to {classes - 1}; is this another CIFAR?"
+        )
+    images = rows[:, label_bytes:].reshape(-1, CHANNELS, EDGE, EDGE)
+    names = [
+        f"{path.stem}/{place:05d}"
+        for path, part in zip(paths, parts, strict=True)
+        for place in range(len(part))
+    ]
+    return ImageSplit(images, labels, names)
+
+
+def class_names(path: Path, classes: int) -> tuple[str, ...]:
+    """A line each; without the file they are those of CIFAR-10, or numbers."""
+    if path.exists():
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        if len(lines) != classes:
+            raise UserError(f"{path}: {len(lines)} names, expected {classes}")
+        return tuple(lines)
+    return CIFAR10 if classes == 10 else tuple(f"class {place:02d}" for place in range(classes))
+
+
+def folder_classes(base: Path, source, classes: int) -> tuple[str, ...]:
+    """classes.json (a list, in the order of the labels), or the folders of train in alphabetical order."""
+    path = base / "classes.json"
+    if path.exists():
+        try:
+            names = tuple(map(str, json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: can't be read ({error})") from error
+    else:
+        names = tuple(sorted({name.split("/")[0] for name in source.names()}))
+    if len(names) != classes:
+        raise UserError(f"cifar: {base} has {len(names)} classes, data.classes says {classes}")
+    return names

@@ -1,0 +1,219 @@
+"""Image files in folders or archives, decoded once into a memory map."""
+
+import gzip
+import hashlib
+import json
+import math
+import os
+import shutil
+import tarfile
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from dataloaders.cache_parts import fingerprint, npy_header, say
+from dataloaders.image_set import ImageSplit
+from engine.config import UserError
+from engine.disk import locked, progress, write_at
+
+VERSION = 1  # raise it when the same files give other bytes
+ENDINGS = (".png", ".jpg", ".jpeg")
+ARCHIVES = (".tar.gz", ".tgz", ".tar")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """An image file: its name inside the source, and its label."""
+
+    name: str
+    label: int
+
+
+class Folder:
+    """Files below a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def names(self) -> list[str]:
+        """Of all image files, sorted."""
+        found = []
+        for folder, _, files in os.walk(self.root):
+            inner = os.path.relpath(folder, self.root)
+            found += [
+                name if inner == "." else f"{inner}/{name}"
+                for name in files
+                if name.lower().endswith(ENDINGS)
+            ]
+        return sorted(found)
+
+    def facts(self, names: Sequence[str]) -> Iterator[tuple]:
+        """What changes where a file does."""
+        for name in names:
+            yield (name, *fingerprint(self.root / name))
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """(name, bytes) in any order."""
+        for name in names:
+            yield name, (self.root / name).read_bytes()
+
+
+class Archive:
+    """Files of a tar archive, whose leading folder of the archive's own name is left out."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lead = path.name.split(".")[0] + "/"
+
+    def names(self) -> list[str]:
+        with self.opened() as archive:
+            return sorted(
+                self.inner(one.name) for one in archive if one.isfile() and one.name.lower().endswith(ENDINGS)
+            )
+
+    def facts(self, names: Sequence[str]) -> Iterator[tuple]:
+        yield fingerprint(self.path)
+        yield from ((name,) for name in names)
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        wanted = set(names)
+        with self.opened() as archive:
+            for one in archive:
+                if one.isfile() and self.inner(one.name) in wanted:
+                    yield self.inner(one.name), archive.extractfile(one).read()
+
+    def inner(self, name: str) -> str:
+        return name.removeprefix("./").removeprefix(self.lead)
+
+    def opened(self):
+        try:
+            return tarfile.open(self.path)
+        except (OSError, tarfile.TarError) as error:
+            raise UserError(f"{self.path}: can't be read ({error})") from error
+
+
+def source_of(root: Path, split: str) -> Folder | Archive | None:
+    """root/SPLIT/ or an archive of it; None where there is neither."""
+    if (root / split).is_dir():
+        return Folder(root / split)
+    found = [root / f"{split}{ending}" for ending in ARCHIVES if (root / f"{split}{ending}").exists()]
+    return Archive(found[0]) if found else None
+
+
+def by_class(source: Folder | Archive, classes: Sequence[str], what: str) -> list[Labelled]:
+    """Files of CLASS/... by the class's place in `classes`. UserError for a folder that is no class, or none of one."""
+    places = {name: place for place, name in enumerate(classes)}
+    found = []
+    for name in source.names():
+        folder = name.split("/")[0]
+        if "/" not in name or folder not in places:
+            raise UserError(
+                f"{what}: {name} is in no folder of a class; allowed: {', '.join(list(places)[:12])}"
+            )
+        found.append(Labelled(name, places[folder]))
+    empty = set(range(len(classes))) - {one.label for one in found}
+    if empty:
+        raise UserError(f"{what}: no image of class {classes[min(empty)]} ({len(empty)} classes are empty)")
+    return found
+
+
+def decoded(
+    source: Folder | Archive, files: Sequence[Labelled], size: int, cache_dir: str | Path, title: str
+) -> ImageSplit:
+    """The files as RGB images of size x size, decoded once into a memory map below cache_dir/images: the shorter edge
+    is resized to `size` where it differs, then the middle is taken. Found again by a hash of names, sizes and times.
+
+    UserError for a file that is no image, naming it, and for a folder that can't be written."""
+    names = [one.name for one in files]
+    digest = hashlib.sha256(repr((VERSION, cv2.__version__, size)).encode())
+    for fact in source.facts(names):
+        digest.update(repr(fact).encode())
+    root = Path(cache_dir) / "images"
+    folder, shape = root / digest.hexdigest()[:32], (len(files), 3, size, size)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        waiting = f"waiting for another process that decodes {title}"
+        with locked(root / f"{folder.name}.lock", waiting, say):
+            damage = damage_of(folder, shape)
+            if damage:
+                if damage != "missing":
+                    say(f"warning: decoded images of {title}, {folder}: {damage}; decoding again")
+                decode_all(source, names, size, folder, title)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: decoded images of {title} can't be kept in {root}: {error}; they need "
+            f"{math.prod(shape)} bytes"
+        ) from error
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    return ImageSplit(images, np.array([one.label for one in files], dtype=np.int64), names)
+
+
+def damage_of(folder: Path, shape: tuple[int, ...]) -> str:
+    """What is wrong with decoded images, "" where nothing is."""
+    if not folder.exists():
+        return "missing"
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        array = np.load(folder / "images.npy", mmap_mode="r")
+        if array.shape != shape or array.dtype != np.uint8:
+            return f"images.npy is {array.dtype} {array.shape}"
+        sums = [zlib.crc32(array[row]) for row in range(len(array))]
+        wrong = sum(found != told for found, told in zip(sums, meta["crc32"], strict=True))
+        return f"{wrong} images have other bytes" if wrong else ""
+    except (OSError, ValueError, KeyError) as error:
+        return f"can't be read ({error})"
+
+
+def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder: Path, title: str) -> None:
+    """Into a temporary folder that is renamed at the end."""
+    building = folder.with_suffix(".building")
+    for old in (building, folder):
+        shutil.rmtree(old, ignore_errors=True)
+    building.mkdir()
+    began, shape = time.monotonic(), (len(names), 3, size, size)
+    rows, sums = {name: row for row, name in enumerate(names)}, [0] * len(names)
+    try:
+        with open(building / "images.npy", "wb", buffering=0) as file:
+            file.write(npy_header(shape))
+            for name, content in progress(source.read(names), len(names), f"decoding {title}", say, "image"):
+                image = np.ascontiguousarray(decode(content, size, f"{title}: {name}"))
+                sums[rows[name]] = zlib.crc32(image)
+                write_at(file.fileno(), image, len(npy_header(shape)) + rows[name] * image.nbytes)
+        (building / "meta.json").write_text(json.dumps({"crc32": sums}))
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+    say(
+        f"decoded {title}: {len(names)} images, {math.prod(shape) / 1e6:.1f} MB, {time.monotonic() - began:.1f} s"
+    )
+
+
+def decode(content: bytes, size: int, what: str) -> np.ndarray:
+    """RGB uint8 [3, size, size]; grey images get three equal channels."""
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    if image is None:
+        raise UserError(f"{what}: is no image that can be read")
+    height, width = image.shape[:2]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        shrinks = scale < 1
+        new = max(size, round(width * scale)), max(size, round(height * scale))
+        image = cv2.resize(image, new, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        height, width = image.shape[:2]
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size, ::-1].transpose(2, 0, 1)
+
+
+def read_gzip(path: Path) -> bytes:
+    """Of a file that may be gzipped. UserError where it can't be read."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: can't be read ({error})") from error

@@ -1,0 +1,89 @@
+"""Image files in an LMDB: one file instead of a million, each image as the bytes of its own file."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dataloaders.cache_parts import fingerprint, say
+from dataloaders.image_files import Labelled
+from engine.config import UserError
+from engine.disk import progress
+
+ABOUT = b"about"  # the key of [classes, [(name, label), ...]]; the others are names
+MAP_BYTES = 2**41  # most that a file may grow to; it is as large as what is in it
+AT_ONCE = 5000  # images of a transaction
+
+
+class Packed:
+    """A source of image files, as dataloaders.image_files has others."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with self.opened() as environment, environment.begin() as transaction:
+            about = transaction.get(ABOUT)
+        if about is None:
+            raise UserError(f"{path}: was not packed by python -m dataloaders.imagenet")
+        classes, labelled = json.loads(about)
+        self.classes = tuple(classes)
+        self.files = [Labelled(name, label) for name, label in labelled]
+
+    def opened(self):
+        try:
+            return lmdb().open(str(self.path), subdir=False, readonly=True, lock=False)
+        except lmdb().Error as error:
+            raise UserError(f"{self.path}: can't be read ({error})") from error
+
+    def names(self) -> list[str]:
+        return sorted(one.name for one in self.files)
+
+    def facts(self, names: Sequence[str]) -> Iterator[tuple]:
+        yield fingerprint(self.path)
+        yield from ((name,) for name in names)
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        with self.opened() as environment, environment.begin() as transaction:
+            for name in names:
+                yield name, bytes(transaction.get(name.encode()) or b"")
+
+
+def pack(source, files: Sequence[Labelled], classes: Sequence[str], path: Path) -> None:
+    """Writes the files of a source into an LMDB, under a temporary name until it is whole. UserError for one that is
+    there already."""
+    if path.exists():
+        raise UserError(f"{path}: exists; delete it first")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    building = path.with_name(f"{path.name}.building")
+    building.unlink(missing_ok=True)
+    try:
+        with lmdb().open(str(building), subdir=False, map_size=MAP_BYTES, lock=False) as environment:
+            content = progress(
+                source.read([one.name for one in files]), len(files), f"packing {path}", say, "image"
+            )
+            done = False
+            while not done:
+                with environment.begin(write=True) as transaction:
+                    for _ in range(AT_ONCE):
+                        name, image = next(content, (None, None))
+                        if name is None:
+                            done = True
+                            break
+                        transaction.put(name.encode(), image)
+            about = json.dumps([list(classes), [(one.name, one.label) for one in files]])
+            with environment.begin(write=True) as transaction:
+                transaction.put(ABOUT, about.encode())
+    except BaseException:
+        building.unlink(missing_ok=True)
+        raise
+    os.replace(building, path)
+    say(f"packed {len(files)} images into {path}, {shutil.disk_usage(path.parent).free / 1e9:.0f} GB left")
+
+
+def lmdb():
+    """The package, which only this needs."""
+    try:
+        import lmdb as package
+    except ImportError as error:
+        raise UserError("imagenet: an LMDB needs the package lmdb: pip install lmdb") from error
+    return package

@@ -1,0 +1,321 @@
+"""Image sets in the layouts that they come in, read in place; damage is named; val is balanced and out of train."""
+
+import gzip
+import tarfile
+
+import cv2
+import numpy as np
+import pytest
+
+from dataloaders import IMAGE_SETS
+from dataloaders.cifar import CIFAR10, cifar
+from dataloaders.digits import digits
+from dataloaders.image_set import ImageSet, ImageSplit, Picked, with_val
+from dataloaders.imagenet import imagenet
+from dataloaders.imagenet import main as pack_imagenet
+from dataloaders.mnist import mnist
+from dataloaders.tiny_imagenet import tiny_imagenet
+from engine.config import UserError, table_of
+
+
+def png(color, size=(32, 32)) -> bytes:
+    """An image of one RGB colour."""
+    image = np.full((*size, 3), color[::-1], np.uint8)
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def binary_cifar(root, classes=10, per_file=40):
+    """Files of the official layout; the image of row r is filled with r, its label is r modulo the classes."""
+    names = (
+        [f"data_batch_{n}.bin" for n in range(1, 6)] + ["test_batch.bin"]
+        if classes == 10
+        else ["train.bin", "test.bin"]
+    )
+    for name in names:
+        rows = []
+        for row in range(per_file):
+            head = [row % classes] if classes == 10 else [row % 20, row % classes]
+            rows.append(np.concatenate([np.array(head, np.uint8), np.full(3072, row % 256, np.uint8)]))
+        write(root / name, np.concatenate(rows).tobytes())
+    return root
+
+
+def test_binary_cifar_in_its_folder_or_named_directly(tmp_path):
+    binary_cifar(tmp_path / "cifar-10-batches-bin")
+    for root in (tmp_path, tmp_path / "cifar-10-batches-bin"):
+        found = cifar(root=str(root), val_images=20)
+        assert found.size == (3, 32, 32) and found.classes == CIFAR10
+        assert {name: len(split) for name, split in found.splits.items()} == {
+            "train": 180,
+            "val": 20,
+            "test": 40,
+        }
+        test = found.split("test")
+        assert test.labels.tolist() == [row % 10 for row in range(40)]
+        assert (test.images == np.arange(40, dtype=np.uint8)[:, None, None, None]).all()
+        assert np.bincount(found.split("val").labels).tolist() == [2] * 10
+        assert not set(found.split("val").names) & set(found.split("train").names)
+
+
+def test_cifar_100_takes_the_fine_label(tmp_path):
+    binary_cifar(tmp_path / "cifar-100-binary", classes=100, per_file=300)
+    (tmp_path / "cifar-100-binary" / "fine_label_names.txt").write_text(
+        "\n".join(f"thing {n}" for n in range(100))
+    )
+    found = cifar(root=str(tmp_path), classes=100, val_images=100)
+    assert found.split("test").labels.tolist() == [row % 100 for row in range(300)]
+    assert found.classes[7] == "thing 7" and found.name == "cifar100"
+
+
+def test_damaged_binary_files_are_named(tmp_path):
+    root = binary_cifar(tmp_path / "cifar-10-batches-bin")
+    content = (root / "data_batch_3.bin").read_bytes()
+    (root / "data_batch_3.bin").write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"data_batch_3\.bin: \d+ bytes are no whole number of rows of 3073"):
+        cifar(root=str(tmp_path), val_images=20)
+    (root / "data_batch_3.bin").unlink()
+    with pytest.raises(UserError, match=r"data_batch_3\.bin: can't be read"):
+        cifar(root=str(tmp_path), val_images=20)
+    binary_cifar(root)
+    (root / "test_batch.bin").write_bytes(bytes([11]) + bytes(3072))
+    with pytest.raises(UserError, match=r"test_batch\.bin: label 11, allowed: 0 to 9"):
+        cifar(root=str(tmp_path), val_images=20)
+    with pytest.raises(UserError, match="holds neither cifar-10-batches-bin/"):
+        cifar(root=str(root.parent.parent))
+    with pytest.raises(UserError, match="no folder"):
+        cifar(root=str(tmp_path / "nowhere"))
+
+
+def class_folders(root, splits, classes, count=4, size=(32, 32), inner=""):
+    """SPLIT/CLASS/INNER/N.png in the colour (class, number, 7)."""
+    for split in splits:
+        for place, name in enumerate(classes):
+            for number in range(count):
+                write(root / split / name / inner / f"{name}_{number}.png", png((place, number, 7), size))
+    return root
+
+
+def packed(root, split):
+    """SPLIT/ as SPLIT.tar.gz in its place."""
+    with tarfile.open(root / f"{split}.tar.gz", "w:gz") as archive:
+        archive.add(root / split, split)
+    for path in sorted((root / split).rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+    (root / split).rmdir()
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_folders_and_archives_of_image_files(tmp_path, archived, capsys):
+    root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
+    if archived:
+        packed(root, "train")
+        packed(root, "test")
+    found = cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+    assert found.classes == CIFAR10 and isinstance(found.split("train").images, Picked)
+    for split in found.splits.values():
+        for image, label, name in zip(
+            split.images[np.arange(len(split))], split.labels, split.names, strict=True
+        ):
+            number = int(name.split("_")[-1].split(".")[0])
+            assert name.startswith(CIFAR10[label] + "/")
+            assert (image == np.array([label, number, 7], np.uint8)[:, None, None]).all()
+    assert "decoded cifar10 train: 40 images" in capsys.readouterr().err
+    again = cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+    assert capsys.readouterr().err == ""  # from the memory map
+    assert again.manifest("train") == found.manifest("train") != found.manifest("val")
+
+
+def test_a_changed_file_is_decoded_again_and_damage_is_mended(tmp_path, capsys):
+    root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
+    cache = tmp_path / "cache"
+
+    def open_test():
+        capsys.readouterr()
+        found = cifar(root=str(root), val_images=10, cache_dir=str(cache)).split("test")
+        return found.images[np.arange(len(found))], capsys.readouterr().err
+
+    before, _ = open_test()
+    write(root / "test" / "cat" / "cat_0.png", png((200, 100, 50)))
+    after, told = open_test()
+    assert "decoded cifar10 test" in told and "train" not in told and not np.array_equal(before, after)
+    path = max((cache / "images").glob("*/images.npy"), key=lambda path: path.stat().st_mtime)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    mended, told = open_test()
+    assert "1 images have other bytes; decoding again" in told and np.array_equal(mended, after)
+
+
+def test_files_that_are_no_images_or_of_no_class_are_named(tmp_path):
+    root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
+    (root / "train" / "dog" / "dog_1.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cifar10 train: dog/dog_1\.png: is no image"):
+        cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+    assert not list((tmp_path / "cache" / "images").glob("*.building"))
+    write(root / "train" / "dog" / "dog_1.png", png((5, 1, 7)))
+    write(root / "test" / "wolf" / "wolf_1.png", png((1, 2, 3)))
+    with pytest.raises(UserError, match=r"cifar test: wolf/wolf_1\.png is in no folder of a class"):
+        cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+
+
+def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
+    wnids = ["n02", "n01", "n03"]
+    root = class_folders(tmp_path / "tiny", ("train",), wnids, 5, (64, 64), "images")
+    (root / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    lines = []
+    for number, wnid in enumerate(["n03", "n01", "n03", "n02"]):
+        write(root / "val" / "images" / f"val_{number}.JPEG", png((number, 9, 9), (64, 64)))
+        lines.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t62")
+    (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+    before = sorted(path.relative_to(root) for path in root.rglob("*"))
+    found = tiny_imagenet(root=str(root), val_images=3, cache_dir=str(tmp_path / "cache"))
+    assert found.classes == ("n01", "n02", "n03") and found.size == (3, 64, 64)
+    test = found.split("test")
+    assert test.labels.tolist() == [2, 0, 2, 1]
+    assert [image[0, 0, 0] for image in test.images[np.arange(4)]] == [0, 1, 2, 3]
+    assert np.bincount(found.split("train").labels).tolist() == [4, 4, 4]
+    assert sorted(path.relative_to(root) for path in root.rglob("*")) == before  # nothing is moved
+    (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\t0\t1\t1\n")
+    with pytest.raises(UserError, match=r"val_annotations\.txt:1: 'n09' is no class"):
+        tiny_imagenet(root=str(root), val_images=3, cache_dir=str(tmp_path / "cache"))
+
+
+def kaggle(root):
+    data = root / "ILSVRC" / "Data" / "CLS-LOC"
+    class_folders(data, ("train",), ["n01", "n02"], 3, (48, 64))
+    for number in range(4):
+        write(data / "val" / f"ILSVRC2012_val_{number}.JPEG", png((number, 5, 5), (64, 48)))
+    rows = ["ImageId,PredictionString"]
+    rows += [f"ILSVRC2012_val_{n},n0{1 + n % 2} 1 2 3 4 n02 1 2 3 4" for n in (2, 0, 1, 3)]
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows) + "\n")
+    return root
+
+
+def same(one, other):
+    return one.classes == other.classes and all(
+        split.names == other.splits[name].names
+        and split.labels.tolist() == other.splits[name].labels.tolist()
+        and np.array_equal(
+            split.images[np.arange(len(split))], other.splits[name].images[np.arange(len(split))]
+        )
+        for name, split in one.splits.items()
+    )
+
+
+def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, capsys):
+    pytest.importorskip("lmdb")
+    cache = str(tmp_path / "cache")
+    root = kaggle(tmp_path / "kaggle")
+    found = imagenet(root=str(root), edge=32, val_images=2, cache_dir=cache)
+    assert found.size == (3, 32, 32) and found.classes == ("n01", "n02")
+    assert found.split("test").names == [f"ILSVRC2012_val_{n}.JPEG" for n in range(4)]
+    assert found.split("test").labels.tolist() == [0, 1, 0, 1]
+    assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
+    assert same(found, imagenet(root=str(tmp_path / "packed"), edge=32, val_images=2, cache_dir=cache))
+    assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 2
+    assert "exists; delete it first" in capsys.readouterr().err
+    folders = class_folders(tmp_path / "folders", ("train", "val"), ["n01", "n02"], 3, (48, 64))
+    plain = imagenet(root=str(folders), edge=32, val_images=2, cache_dir=cache)
+    assert plain.split("test").labels.tolist() == [0, 0, 0, 1, 1, 1]
+    (root / "LOC_val_solution.csv").unlink()
+    with pytest.raises(UserError, match=r"no class folders, and there is no LOC_val_solution\.csv"):
+        imagenet(root=str(root), cache_dir=cache)
+    with pytest.raises(UserError, match="holds neither"):
+        imagenet(root=str(tmp_path), cache_dir=cache)
+
+
+def idx(array) -> bytes:
+    head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+    return head + array.tobytes()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_mnist_files(tmp_path, pack):
+    ending = ".gz" if pack is gzip.compress else ""
+    for name, count in (("train", 60), ("t10k", 20)):
+        images = np.arange(count * 784).reshape(count, 28, 28).astype(np.uint8)
+        write(tmp_path / f"{name}-images-idx3-ubyte{ending}", pack(idx(images)))
+        write(
+            tmp_path / f"{name}-labels-idx1-ubyte{ending}", pack(idx(np.arange(count).astype(np.uint8) % 10))
+        )
+    found = mnist(root=str(tmp_path), val_images=10)
+    assert {name: len(split) for name, split in found.splits.items()} == {"train": 50, "val": 10, "test": 20}
+    assert found.size == (1, 28, 28) and found.split("test").labels.tolist() == [n % 10 for n in range(20)]
+    assert np.array_equal(
+        found.split("test").images[3, 0].ravel(), np.arange(3 * 784, 4 * 784).astype(np.uint8)
+    )
+    path = tmp_path / f"t10k-images-idx3-ubyte{ending}"
+    path.write_bytes(pack(idx(np.zeros((20, 28, 28), np.uint8))[:-5]))
+    with pytest.raises(
+        UserError, match=r"t10k-images-idx3-ubyte(\.gz)?: 15675 values, its header says \(20, 28, 28\)"
+    ):
+        mnist(root=str(tmp_path), val_images=10)
+    path.unlink()
+    with pytest.raises(UserError, match="no t10k-images-idx3-ubyte"):
+        mnist(root=str(tmp_path), val_images=10)
+
+
+def test_digits_are_there_with_no_download():
+    found = digits()
+    assert {name: len(split) for name, split in found.splits.items()} == {
+        "train": 1237,
+        "val": 200,
+        "test": 360,
+    }
+    assert found.size == (1, 8, 8) and found.split("train").images.max() == 255
+    assert found.split("test").names[-1] == "digit_1796"
+    assert digits().manifest("val") == found.manifest("val") != digits(val_seed=1).manifest("val")
+
+
+@pytest.mark.parametrize("count", [0, 9, 1000])
+def test_a_val_that_train_cannot_give_is_refused(count):
+    labels = np.arange(50) % 10
+    split = ImageSplit(np.zeros((50, 1, 2, 2), np.uint8), labels, [f"i{n}" for n in range(50)])
+    whole = ImageSet("toy", tuple("abcdefghij"), {"train": split})
+    with pytest.raises(UserError, match=f"val_images: {count} is wrong for toy; expected 10 .* to 40"):
+        with_val(whole, count, 0)
+    with pytest.raises(UserError, match="no split 'test'; allowed: train"):
+        whole.split("test")
+
+
+def test_val_does_not_depend_on_the_order_of_the_files():
+    dice = np.random.default_rng(1)
+    names = [f"i{n}" for n in range(60)]
+    labels = np.arange(60) % 3
+    images = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 2, 2), np.uint8)
+    order = dice.permutation(60)
+    one, other = (
+        ImageSplit(images[rows], labels[rows], [names[row] for row in rows])
+        for rows in (np.arange(60), order)
+    )
+    one, other = (
+        with_val(ImageSet("toy", ("a", "b", "c"), {"train": split}), 9, 4) for split in (one, other)
+    )
+    assert set(one.split("val").names) == set(other.split("val").names)
+    for split in other.splits.values():
+        assert all(
+            f"i{image[0, 0, 0]}" == name for image, name in zip(split.images, split.names, strict=True)
+        )
+
+
+def test_real_sets(real_data, tmp_path):
+    cache = str(tmp_path)
+    found = mnist(root=str(real_data("mnist_t10k")), val_images=500)
+    assert sum(map(len, found.splits.values())) == 6667 and len(found.split("test")) == 2000
+    tiny = tiny_imagenet(root=str(real_data("tiny_imagenet_20")), val_images=600, cache_dir=cache)
+    assert {name: len(split) for name, split in tiny.splits.items()} == {
+        "train": 6060,
+        "val": 600,
+        "test": 660,
+    }
+    assert tiny.num_classes == 20 and tiny.size == (3, 64, 64)
+
+
+def test_the_table_names_functions_that_are_there():
+    for target in table_of("dataloaders:IMAGE_SETS").values():
+        assert target.split(":")[1] in IMAGE_SETS
