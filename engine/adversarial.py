@@ -105,7 +105,8 @@ def craft(
     steps: int,
     step_size: float | None = None,
 ) -> Tensor:
-    """The last of `steps` steps uphill from a random point of the ball; no incumbents, no passes to score them.
+    """The last of `steps` steps uphill from a random point of the ball; no incumbents, no passes to score them. A value
+    whose gradient is not finite becomes NaN, and with it the loss: training stops there.
 
     Images [B, C, H, W] in [0, 1], labels [B, *S]; weights get no gradient. step_size null: 2.5 eps / steps."""
     size = 2.5 * threat.eps / steps if step_size is None else step_size
@@ -115,6 +116,7 @@ def craft(
         losses = image_loss(loss, logits_of(points), labels, threat, step / steps)
         (gradient,) = torch.autograd.grad(losses.sum(), points)
         points = project(points.detach() + size * steepest(gradient, threat.norm), images, threat)
+        points = points.masked_fill(~gradient.isfinite(), torch.nan)  # the sign of NaN is 0: no silent attack on nothing
     return points
 
 

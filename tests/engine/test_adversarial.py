@@ -85,6 +85,24 @@ def test_the_last_of_the_steps_by_hand():
     )
 
 
+def test_a_gradient_that_is_not_finite_spoils_the_loss_and_never_passes_as_no_step():
+    """The sign of NaN is 0: a network whose gradients are NaN would be trained on clean images."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(context, values):
+            return values.clone()
+
+        @staticmethod
+        def backward(context, gradient):
+            return gradient * torch.tensor([torch.nan, 1.0, 1.0, 1.0])[:, None, None, None]
+
+    net, (images, labels) = plain_net(), batch_of()
+    found = craft(lambda points: net(Broken.apply(points)), images, labels, threat(), "ce", 2)
+    assert found[0].isnan().all() and found[1:].isfinite().all()
+    assert CROSS_ENTROPY(net(found), labels)[0].isnan()
+
+
 def test_the_loss_is_told_how_far_the_attack_is():
     net, (images, labels) = plain_net(), batch_of()
     told = []
