@@ -24,18 +24,20 @@ BINARY = {  # classes -> (folder, files of train, files of test, label bytes bef
 
 
 def cifar(
+    cache_dir: str,
     *,
     root: str,
     classes: Literal[10, 100] = 10,
     val_images: PositiveInt = 5000,
     val_seed: int = 0,
-    cache_dir: str = "",
 ) -> ImageSet:
-    """root: holds cifar-10-batches-bin/ (cifar-100-binary/) as unpacked from the official archive, or is that folder;
+    """CIFAR-10 or CIFAR-100, 32x32; image files are decoded once, below cache_dir.
+
+    root: holds cifar-10-batches-bin/ (cifar-100-binary/) as unpacked from the official archive, or is that folder;
         or train/CLASS/*.png|jpg and test/CLASS/*, also packed as train.tar.gz and test.tar.gz.
     classes: 10, or 100 (the fine labels).
     val_images: taken out of train, the same number of each class, by a hash of val_seed and the image's name.
-    cache_dir: folder for decoded image files.
+    val_seed: of the choice of these.
 
     UserError for missing, short or damaged files."""
     base = Path(root)

@@ -8,9 +8,14 @@ from engine.config import PositiveInt
 LEVELS = 16
 
 
-def digits(*, test_images: PositiveInt = 360, val_images: PositiveInt = 200, val_seed: int = 0) -> ImageSet:
-    """test_images: the last ones of the file, written by other people than the first. val_images: out of the others,
-    the same number of each class.
+def digits(
+    cache_dir: str, *, test_images: PositiveInt = 360, val_images: PositiveInt = 200, val_seed: int = 0
+) -> ImageSet:
+    """scikit-learn's digits, 8x8 in grey.
+
+    test_images: the last ones of the file, written by other people than the first.
+    val_images: out of the others, the same number of each class.
+    val_seed: of the choice of these.
 
     Images are [1, 8, 8] with values of 0 to 255 (level / 16); an eps is in units of these pixels."""
     from sklearn.datasets import load_digits

@@ -16,18 +16,20 @@ SOLUTION = "LOC_val_solution.csv"
 
 
 def imagenet(
+    cache_dir: str,
     *,
     root: str,
     edge: PositiveInt = 224,
     val_images: PositiveInt = 10000,
     val_seed: int = 0,
-    cache_dir: str = "",
 ) -> ImageSet:
-    """root: the unpacked Kaggle archive (ILSVRC/Data/CLS-LOC/train/WNID/*, a flat val/ and LOC_val_solution.csv); or
+    """ImageNet, 1000 classes, decoded once, below cache_dir: 150 kB an image at 224x224.
+
+    root: the unpacked Kaggle archive (ILSVRC/Data/CLS-LOC/train/WNID/*, a flat val/ and LOC_val_solution.csv); or
         train/WNID/* and val/WNID/*; or train.lmdb and val.lmdb, packed by python -m dataloaders.imagenet ROOT OUT.
     edge: images are decoded to edge x edge: the shorter edge is resized to it, then the middle is taken.
     val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
-    cache_dir: folder for decoded images: 150 kB each at 224.
+    val_seed: of the choice of these.
 
     UserError for missing or damaged files."""
     base = Path(root)

@@ -12,10 +12,13 @@ FILES = {"train": "train", "test": "t10k"}
 
 
 def mnist(
-    *, root: str, val_images: PositiveInt = 1000, val_seed: int = 0, test_share: float = 0.3
+    cache_dir: str, *, root: str, val_images: PositiveInt = 1000, val_seed: int = 0, test_share: float = 0.3
 ) -> ImageSet:
-    """root: holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-..., each as .gz or unpacked.
+    """MNIST, 28x28 in grey.
+
+    root: holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-..., each as .gz or unpacked.
     val_images: taken out of train, the same number of each class.
+    val_seed: of the choice of these.
     test_share: where root has no train files: this share of t10k, its last images, stays test; the others are train.
 
     Images are [1, 28, 28]. UserError for missing or damaged files."""

@@ -10,12 +10,14 @@ EDGE = 64
 
 
 def tiny_imagenet(
-    *, root: str, val_images: PositiveInt = 2000, val_seed: int = 0, cache_dir: str = ""
+    cache_dir: str, *, root: str, val_images: PositiveInt = 2000, val_seed: int = 0
 ) -> ImageSet:
-    """root: the unpacked tiny-imagenet-200: wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG with
+    """TinyImageNet, 64x64, decoded once, below cache_dir.
+
+    root: the unpacked tiny-imagenet-200: wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG with
         val/val_annotations.txt; or val/WNID/*, and archives train.tar.gz and val.tar.gz, with any number of classes.
     val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
-    cache_dir: folder for decoded image files.
+    val_seed: of the choice of these.
 
     UserError for missing or damaged files."""
     base = Path(root)

@@ -116,7 +116,9 @@ def craft(
         losses = image_loss(loss, logits_of(points), labels, threat, step / steps)
         (gradient,) = torch.autograd.grad(losses.sum(), points)
         points = project(points.detach() + size * steepest(gradient, threat.norm), images, threat)
-        points = points.masked_fill(~gradient.isfinite(), torch.nan)  # the sign of NaN is 0: no silent attack on nothing
+        points = points.masked_fill(
+            ~gradient.isfinite(), torch.nan
+        )  # the sign of NaN is 0: no silent attack on nothing
     return points
 
 

@@ -7,6 +7,11 @@ NETWORKS = {
     "external": "networks.external:External",
 }
 
+CLASSIFIERS = {
+    "cnn": "networks.cnn_moe.model:CNN",
+    "cnn_moe": "networks.cnn_moe.model:CNNMoE",
+}
+
 GATES = {
     "simple": "networks.gates:SimpleGate",
     "classwise": "networks.gates:ClasswiseGate",

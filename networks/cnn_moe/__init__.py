@@ -1,4 +1,11 @@
-"""CNNs for classification by name: one constructor rule for all, CNN(num_classes, ratio, num_experts, stem)."""
+"""CNNs for classification by name: one constructor rule for all, (num_classes, ratio, num_experts, stem)."""
+
+from typing import Literal
+
+Architecture = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wrn_28_4", "wrn_28_10", "wrn_34_10", "vgg16",
+    "vgg16_bn", "densenet",
+]  # fmt: skip
 
 ARCHITECTURES = {
     "resnet18": "networks.cnn_moe.resnet:resnet18",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import UserError
-from networks.cnn_moe import ARCHITECTURES
+from engine.config import Positive, PositiveInt, UserError
+from networks.cnn_moe import ARCHITECTURES, Architecture
 from networks.cnn_moe.body import GRANULARITIES, Body, Granularity
 from networks.cnn_moe.router import Router
 from networks.cnn_moe.routes import routes_of
@@ -46,18 +46,25 @@ class Entry(nn.Module):
 class CNN(nn.Module):
     """A plain CNN, images [B, 1 or 3, H, W] in [0, 1] -> logits [B, classes]: dense with ratio 1, slim below.
 
-    arch: a name of ARCHITECTURES. ratio: of all widths. stem: cifar (3x3) or imagenet. enlarge: whole times that images
-    are enlarged inside. UserError for numbers that make no network."""
+    arch: the network whose widths are scaled.
+    ratio: of all widths, above 0, at most 1.
+    stem: cifar, a 3x3 convolution, or imagenet, which halves the image twice.
+    enlarge: whole times that images are enlarged inside the network.
+    mean: of the channels, for the normalisation inside, for pixels in [0, 1].
+    std: of the channels, likewise.
+
+    UserError for numbers that make no network."""
 
     def __init__(
         self,
-        arch: str,
         num_classes: int,
-        ratio: float = 1.0,
+        *,
+        arch: Architecture,
+        ratio: Positive = 1.0,
         stem: Literal["cifar", "imagenet"] = "cifar",
-        enlarge: int = 1,
-        mean=MEAN,
-        std=STD,
+        enlarge: PositiveInt = 1,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[Positive, Positive, Positive] = (0.25, 0.25, 0.25),
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -71,24 +78,35 @@ class CNN(nn.Module):
 class CNNMoE(nn.Module):
     """E pathways of width `ratio` that share stem, BatchNorm and classifier; a router picks one for each image.
 
-    granularity: one choice for the model (as published), one per stage, or one per convolution. top_k: 1, hard routing
-    with a straight-through gradient; more: a weighted sum of the k best, weights by softmax over these. Nothing is kept
-    in modules between calls. The rest is as in CNN.
+    Nothing is kept in modules between calls.
+
+    arch: the network whose widths are scaled.
+    ratio: of all widths, above 0, at most 1.
+    num_experts: pathways, 2 or more.
+    stem: cifar, a 3x3 convolution, or imagenet, which halves the image twice.
+    granularity: one choice for the model (as published), one for each stage, or one for each layer.
+    top_k: 1: hard routing with a straight-through gradient; more: a weighted sum of the k best, their weights by
+        softmax over them.
+    router_width: times the channels of the router.
+    enlarge: whole times that images are enlarged inside the network.
+    mean: of the channels, for the normalisation inside, for pixels in [0, 1].
+    std: of the channels, likewise.
     """
 
     def __init__(
         self,
-        arch: str,
         num_classes: int,
-        ratio: float = 0.5,
-        num_experts: int = 2,
+        *,
+        arch: Architecture,
+        ratio: Positive = 0.5,
+        num_experts: PositiveInt = 2,
         stem: Literal["cifar", "imagenet"] = "cifar",
         granularity: Granularity = "model",
-        top_k: int = 1,
-        router_width: float = 1.0,
-        enlarge: int = 1,
-        mean=MEAN,
-        std=STD,
+        top_k: PositiveInt = 1,
+        router_width: Positive = 1.0,
+        enlarge: PositiveInt = 1,
+        mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
+        std: tuple[Positive, Positive, Positive] = (0.25, 0.25, 0.25),
     ):
         super().__init__()
         if num_experts < 2:

@@ -29,6 +29,9 @@ def write(path, content):
     path.write_bytes(content)
 
 
+CACHE = "/nowhere"  # of sets that decode nothing
+
+
 def binary_cifar(root, classes=10, per_file=40):
     """Files of the official layout; the image of row r is filled with r, its label is r modulo the classes."""
     names = (
@@ -48,7 +51,7 @@ def binary_cifar(root, classes=10, per_file=40):
 def test_binary_cifar_in_its_folder_or_named_directly(tmp_path):
     binary_cifar(tmp_path / "cifar-10-batches-bin")
     for root in (tmp_path, tmp_path / "cifar-10-batches-bin"):
-        found = cifar(root=str(root), val_images=20)
+        found = cifar(CACHE, root=str(root), val_images=20)
         assert found.size == (3, 32, 32) and found.classes == CIFAR10
         assert {name: len(split) for name, split in found.splits.items()} == {
             "train": 180,
@@ -67,7 +70,7 @@ def test_cifar_100_takes_the_fine_label(tmp_path):
     (tmp_path / "cifar-100-binary" / "fine_label_names.txt").write_text(
         "\n".join(f"thing {n}" for n in range(100))
     )
-    found = cifar(root=str(tmp_path), classes=100, val_images=100)
+    found = cifar(CACHE, root=str(tmp_path), classes=100, val_images=100)
     assert found.split("test").labels.tolist() == [row % 100 for row in range(300)]
     assert found.classes[7] == "thing 7" and found.name == "cifar100"
 
@@ -77,18 +80,18 @@ def test_damaged_binary_files_are_named(tmp_path):
     content = (root / "data_batch_3.bin").read_bytes()
     (root / "data_batch_3.bin").write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"data_batch_3\.bin: \d+ bytes are no whole number of rows of 3073"):
-        cifar(root=str(tmp_path), val_images=20)
+        cifar(CACHE, root=str(tmp_path), val_images=20)
     (root / "data_batch_3.bin").unlink()
     with pytest.raises(UserError, match=r"data_batch_3\.bin: can't be read"):
-        cifar(root=str(tmp_path), val_images=20)
+        cifar(CACHE, root=str(tmp_path), val_images=20)
     binary_cifar(root)
     (root / "test_batch.bin").write_bytes(bytes([11]) + bytes(3072))
     with pytest.raises(UserError, match=r"test_batch\.bin: label 11, allowed: 0 to 9"):
-        cifar(root=str(tmp_path), val_images=20)
+        cifar(CACHE, root=str(tmp_path), val_images=20)
     with pytest.raises(UserError, match="holds neither cifar-10-batches-bin/"):
-        cifar(root=str(root.parent.parent))
+        cifar(CACHE, root=str(root.parent.parent))
     with pytest.raises(UserError, match="no folder"):
-        cifar(root=str(tmp_path / "nowhere"))
+        cifar(CACHE, root=str(tmp_path / "nowhere"))
 
 
 def class_folders(root, splits, classes, count=4, size=(32, 32), inner=""):
@@ -115,7 +118,7 @@ def test_folders_and_archives_of_image_files(tmp_path, archived, capsys):
     if archived:
         packed(root, "train")
         packed(root, "test")
-    found = cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+    found = cifar(str(tmp_path / "cache"), root=str(root), val_images=10)
     assert found.classes == CIFAR10 and isinstance(found.split("train").images, Picked)
     for split in found.splits.values():
         for image, label, name in zip(
@@ -125,7 +128,7 @@ def test_folders_and_archives_of_image_files(tmp_path, archived, capsys):
             assert name.startswith(CIFAR10[label] + "/")
             assert (image == np.array([label, number, 7], np.uint8)[:, None, None]).all()
     assert "decoded cifar10 train: 40 images" in capsys.readouterr().err
-    again = cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+    again = cifar(str(tmp_path / "cache"), root=str(root), val_images=10)
     assert capsys.readouterr().err == ""  # from the memory map
     assert again.manifest("train") == found.manifest("train") != found.manifest("val")
 
@@ -136,7 +139,7 @@ def test_a_changed_file_is_decoded_again_and_damage_is_mended(tmp_path, capsys):
 
     def open_test():
         capsys.readouterr()
-        found = cifar(root=str(root), val_images=10, cache_dir=str(cache)).split("test")
+        found = cifar(str(cache), root=str(root), val_images=10).split("test")
         return found.images[np.arange(len(found))], capsys.readouterr().err
 
     before, _ = open_test()
@@ -155,12 +158,12 @@ def test_files_that_are_no_images_or_of_no_class_are_named(tmp_path):
     root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
     (root / "train" / "dog" / "dog_1.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cifar10 train: dog/dog_1\.png: is no image"):
-        cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+        cifar(str(tmp_path / "cache"), root=str(root), val_images=10)
     assert not list((tmp_path / "cache" / "images").glob("*.building"))
     write(root / "train" / "dog" / "dog_1.png", png((5, 1, 7)))
     write(root / "test" / "wolf" / "wolf_1.png", png((1, 2, 3)))
     with pytest.raises(UserError, match=r"cifar test: wolf/wolf_1\.png is in no folder of a class"):
-        cifar(root=str(root), val_images=10, cache_dir=str(tmp_path / "cache"))
+        cifar(str(tmp_path / "cache"), root=str(root), val_images=10)
 
 
 def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
@@ -173,7 +176,7 @@ def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
         lines.append(f"val_{number}.JPEG\t{wnid}\t0\t0\t62\t62")
     (root / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
     before = sorted(path.relative_to(root) for path in root.rglob("*"))
-    found = tiny_imagenet(root=str(root), val_images=3, cache_dir=str(tmp_path / "cache"))
+    found = tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
     assert found.classes == ("n01", "n02", "n03") and found.size == (3, 64, 64)
     test = found.split("test")
     assert test.labels.tolist() == [2, 0, 2, 1]
@@ -182,7 +185,7 @@ def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
     assert sorted(path.relative_to(root) for path in root.rglob("*")) == before  # nothing is moved
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\t0\t1\t1\n")
     with pytest.raises(UserError, match=r"val_annotations\.txt:1: 'n09' is no class"):
-        tiny_imagenet(root=str(root), val_images=3, cache_dir=str(tmp_path / "cache"))
+        tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
 
 
 def kaggle(root):
@@ -211,22 +214,22 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     pytest.importorskip("lmdb")
     cache = str(tmp_path / "cache")
     root = kaggle(tmp_path / "kaggle")
-    found = imagenet(root=str(root), edge=32, val_images=2, cache_dir=cache)
+    found = imagenet(cache, root=str(root), edge=32, val_images=2)
     assert found.size == (3, 32, 32) and found.classes == ("n01", "n02")
     assert found.split("test").names == [f"ILSVRC2012_val_{n}.JPEG" for n in range(4)]
     assert found.split("test").labels.tolist() == [0, 1, 0, 1]
     assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
-    assert same(found, imagenet(root=str(tmp_path / "packed"), edge=32, val_images=2, cache_dir=cache))
+    assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))
     assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 2
     assert "exists; delete it first" in capsys.readouterr().err
     folders = class_folders(tmp_path / "folders", ("train", "val"), ["n01", "n02"], 3, (48, 64))
-    plain = imagenet(root=str(folders), edge=32, val_images=2, cache_dir=cache)
+    plain = imagenet(cache, root=str(folders), edge=32, val_images=2)
     assert plain.split("test").labels.tolist() == [0, 0, 0, 1, 1, 1]
     (root / "LOC_val_solution.csv").unlink()
     with pytest.raises(UserError, match=r"no class folders, and there is no LOC_val_solution\.csv"):
-        imagenet(root=str(root), cache_dir=cache)
+        imagenet(cache, root=str(root))
     with pytest.raises(UserError, match="holds neither"):
-        imagenet(root=str(tmp_path), cache_dir=cache)
+        imagenet(cache, root=str(tmp_path))
 
 
 def idx(array) -> bytes:
@@ -243,7 +246,7 @@ def test_mnist_files(tmp_path, pack):
         write(
             tmp_path / f"{name}-labels-idx1-ubyte{ending}", pack(idx(np.arange(count).astype(np.uint8) % 10))
         )
-    found = mnist(root=str(tmp_path), val_images=10)
+    found = mnist(CACHE, root=str(tmp_path), val_images=10)
     assert {name: len(split) for name, split in found.splits.items()} == {"train": 50, "val": 10, "test": 20}
     assert found.size == (1, 28, 28) and found.split("test").labels.tolist() == [n % 10 for n in range(20)]
     assert np.array_equal(
@@ -254,14 +257,14 @@ def test_mnist_files(tmp_path, pack):
     with pytest.raises(
         UserError, match=r"t10k-images-idx3-ubyte(\.gz)?: 15675 values, its header says \(20, 28, 28\)"
     ):
-        mnist(root=str(tmp_path), val_images=10)
+        mnist(CACHE, root=str(tmp_path), val_images=10)
     path.unlink()
     with pytest.raises(UserError, match="no t10k-images-idx3-ubyte"):
-        mnist(root=str(tmp_path), val_images=10)
+        mnist(CACHE, root=str(tmp_path), val_images=10)
 
 
 def test_digits_are_there_with_no_download():
-    found = digits()
+    found = digits(CACHE)
     assert {name: len(split) for name, split in found.splits.items()} == {
         "train": 1237,
         "val": 200,
@@ -269,7 +272,7 @@ def test_digits_are_there_with_no_download():
     }
     assert found.size == (1, 8, 8) and found.split("train").images.max() == 255
     assert found.split("test").names[-1] == "digit_1796"
-    assert digits().manifest("val") == found.manifest("val") != digits(val_seed=1).manifest("val")
+    assert digits(CACHE).manifest("val") == found.manifest("val") != digits(CACHE, val_seed=1).manifest("val")
 
 
 @pytest.mark.parametrize("count", [0, 9, 1000])
@@ -305,9 +308,9 @@ def test_val_does_not_depend_on_the_order_of_the_files():
 
 def test_real_sets(real_data, tmp_path):
     cache = str(tmp_path)
-    found = mnist(root=str(real_data("mnist_t10k")), val_images=500)
+    found = mnist(CACHE, root=str(real_data("mnist_t10k")), val_images=500)
     assert sum(map(len, found.splits.values())) == 6667 and len(found.split("test")) == 2000
-    tiny = tiny_imagenet(root=str(real_data("tiny_imagenet_20")), val_images=600, cache_dir=cache)
+    tiny = tiny_imagenet(cache, root=str(real_data("tiny_imagenet_20")), val_images=600)
     assert {name: len(split) for name, split in tiny.splits.items()} == {
         "train": 6060,
         "val": 600,

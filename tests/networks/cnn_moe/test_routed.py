@@ -2,14 +2,15 @@
 
 import copy
 import io
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
 
-from engine.config import UserError
-from networks.cnn_moe import ARCHITECTURES
+from engine.config import ConfigError, UserError, component
+from networks.cnn_moe import ARCHITECTURES, Architecture
 from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.moe_conv import ExpertConv
 from networks.cnn_moe.router import Router
@@ -24,7 +25,7 @@ def images(count=6, size=16, seed=0):
 
 def mixture(arch="resnet18", experts=3, **keys):
     torch.manual_seed(1)
-    return CNNMoE(arch, 10, ratio=keys.pop("ratio", 0.125), num_experts=experts, **keys)
+    return CNNMoE(10, arch=arch, ratio=keys.pop("ratio", 0.125), num_experts=experts, **keys)
 
 
 def weights_for(model, chosen):
@@ -166,7 +167,7 @@ def test_a_pathway_is_a_plain_cnn_with_the_same_logits(arch):
         plain = model.pathway(expert)
         assert torch.equal(plain(x), model.forward_given(x, forced))
         assert sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in model.body.parameters())
-        other = CNN(arch, 10, ratio=0.125)
+        other = CNN(10, arch=arch, ratio=0.125)
         other.load_state_dict(plain.state_dict())  # strict
         assert torch.equal(other.eval()(x), plain(x))
     assert model.body.num_experts == 3  # the model itself is as it was
@@ -271,21 +272,42 @@ PUBLISHED = {
 @pytest.mark.parametrize(("arch", "ratio", "experts"), PUBLISHED)
 def test_parameters_are_those_published(arch, ratio, experts):
     with torch.device("meta"):
-        network = CNNMoE(arch, 10, ratio, experts).body if experts > 1 else CNN(arch, 10, ratio).body
+        network = (
+            CNNMoE(10, arch=arch, ratio=ratio, num_experts=experts).body
+            if experts > 1
+            else CNN(10, arch=arch, ratio=ratio).body
+        )
     assert sum(parameter.numel() for parameter in network.parameters()) == PUBLISHED[arch, ratio, experts]
+
+
+def test_the_names_that_a_yaml_may_give_are_those_of_the_table():
+    assert list(get_args(Architecture)) == list(ARCHITECTURES)
+    for name in ("cnn", "cnn_moe"):
+        with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
+            component("networks:CLASSIFIERS", name, arch="resnet_18")
+    built = component("networks:CLASSIFIERS", "cnn_moe", arch="vgg16", ratio=0.1, num_experts=3).build(5)
+    assert (built.num_classes, built.num_experts) == (5, 3)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("experts", [1, 2, 5])
 def test_every_architecture_has_widths_above_zero_and_takes_a_step(arch, experts):
     torch.manual_seed(0)
-    network = CNN(arch, 7, 0.02) if experts == 1 else CNNMoE(arch, 7, 0.02, experts)
+    network = (
+        CNN(7, arch=arch, ratio=0.02)
+        if experts == 1
+        else CNNMoE(7, arch=arch, ratio=0.02, num_experts=experts)
+    )
     assert all(min(p.shape) > 0 for p in network.parameters())
     loss = F.cross_entropy(network(images(4, 32)), torch.arange(4))
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in network.parameters())
-    again = CNN(arch, 7, 0.02) if experts == 1 else CNNMoE(arch, 7, 0.02, experts)
+    again = (
+        CNN(7, arch=arch, ratio=0.02)
+        if experts == 1
+        else CNNMoE(7, arch=arch, ratio=0.02, num_experts=experts)
+    )
     again.load_state_dict(network.state_dict())
     assert torch.equal(again.eval()(images(2, 32)), network.eval()(images(2, 32)))
 
@@ -300,7 +322,7 @@ def test_experts_are_initialised_each_for_itself():
 
 def test_small_and_grey_images_are_enlarged_inside_and_keep_their_own_pixels():
     torch.manual_seed(0)
-    network = CNN("resnet18", 10, 0.125, enlarge=4).eval()
+    network = CNN(10, arch="resnet18", ratio=0.125, enlarge=4).eval()
     digits = torch.rand(3, 1, 8, 8, requires_grad=True)
     entered = network.entry(digits)
     assert entered.shape == (3, 3, 32, 32)
@@ -321,7 +343,7 @@ def test_the_router_costs_the_same_at_all_sizes_and_is_small():
     assert macs(router, torch.rand(1, 3, 224, 224)) == macs(router, torch.rand(1, 3, 32, 32))
     assert sum(p.numel() for p in router.parameters()) == pytest.approx(269_202, rel=0.001)
     with torch.device("meta"):
-        pathway = CNN("resnet18", 1000, 0.5, "imagenet").eval()
+        pathway = CNN(1000, arch="resnet18", ratio=0.5, stem="imagenet").eval()
         cost = macs(pathway, torch.rand(1, 3, 224, 224))
     assert cost == pytest.approx(0.4831e9, rel=0.001)
     assert macs(router, torch.rand(1, 3, 224, 224)) < 0.1 * cost
