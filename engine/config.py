@@ -8,6 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
+from engine.classifier_schema import Classification, ClassifierTrain, ImageData, RouterTraining
 from engine.components import Component, Named, component, listing, mistakes_of, signature_of, table_of
 from engine.errors import ConfigError, Interrupted, Mistake, UserError
 from engine.merge import MergeRules, override, read
@@ -31,6 +32,8 @@ from engine.yaml_source import Node, Problem, Source, dump, from_plain, to_plain
 __all__ = [
     "Adversarial",
     "Augment",
+    "Classification",
+    "ClassifierTrain",
     "Component",
     "Config",
     "ConfigError",
@@ -38,6 +41,7 @@ __all__ = [
     "Evaluate",
     "Evaluation",
     "Gate",
+    "ImageData",
     "Interrupted",
     "NonNegative",
     "NonNegativeInt",
@@ -45,6 +49,7 @@ __all__ = [
     "Positive",
     "PositiveInt",
     "Probability",
+    "RouterTraining",
     "Run",
     "Size",
     "Stage",
@@ -60,7 +65,12 @@ __all__ = [
     "table_of",
 ]
 
-KINDS: dict[str, type[Config]] = {"run": Run, "evaluation": Evaluation, "pipeline": Pipeline}
+KINDS: dict[str, type[Config]] = {
+    "run": Run,
+    "evaluation": Evaluation,
+    "pipeline": Pipeline,
+    "classification": Classification,
+}
 
 
 def load(
@@ -105,6 +115,8 @@ def _validated(tree: Node, kind: str | None, problems: list[Problem]) -> Any:
 def _kind(plain: dict) -> str:
     if "stages" in plain:
         return "pipeline"
+    if isinstance(plain.get("train"), dict) and "method" in plain["train"]:
+        return "classification"
     if {"baselines", "ensembles"} & set(plain):
         return "evaluation"
     gates = plain.get("gates")  # trained ones, or null: run folders; to be trained: a section each
@@ -145,8 +157,17 @@ def _component_paths(section: type[Section], above: tuple = ()) -> dict[tuple, t
     return found
 
 
+def _all_component_paths(*sections: type[Section]) -> dict[tuple, tuple[str, frozenset]]:
+    """Those of several roots; where a path is in more than one, the keys of all are no arguments."""
+    found: dict[tuple, tuple[str, frozenset]] = {}
+    for section in sections:
+        for path, (key, fixed) in _component_paths(section).items():
+            found[path] = key, fixed | found.get(path, (key, frozenset()))[1]
+    return found
+
+
 RULES = MergeRules(
-    components=_component_paths(Run),
+    components=_all_component_paths(Run, Classification),
     # These name runs as a list would: a file that names its own experts does not want its base's as well.
     replaced=(("experts",), ("baselines",), ("gates",)),
     dotted=(("set",), ("stages", "*", "set")),

@@ -139,8 +139,9 @@ class Training:
             if _looks_at_every_step(self.device):
                 self.watch.look()
             sums += values[:2]
-            if settings.clip_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(phase.parameters, settings.clip_norm, values[2].float())
+            largest = phase.clip_norm or settings.clip_norm
+            if largest is not None:
+                torch.nn.utils.clip_grads_with_norm_(phase.parameters, largest, values[2].float())
             phase.optimizer.step()
             phase.scheduler.step()
         images = sum(len(batch.images) for batch in batches)

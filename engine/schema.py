@@ -207,16 +207,15 @@ class Adversarial(Section):
         return mistakes
 
 
-class Train(Section):
-    """How a network, or a gate over frozen experts, is trained."""
+class BasicTrain(Section):
+    """What every training has: epochs, optimizer, arithmetic, saving."""
 
-    epochs: PositiveInt = Field(description="passes over the training frames")
-    batch_size: PositiveInt = Field(8, description="frames in a batch")
+    epochs: PositiveInt = Field(description="passes over the training images")
+    batch_size: PositiveInt = Field(8, description="images in a batch")
     optimizer: Optimizer = Field({"name": "sgd"}, description="optimizer with its arguments")
     schedule: Schedule = Field(
         {"name": "poly"}, description="learning rate over the steps, with its arguments"
     )
-    loss: Loss = Field({"name": "cross_entropy"}, description="loss with its arguments")
     precision: Precision = Field("fp32", description="arithmetic of the forward pass")
     channels_last: Bool = Field(True, description="NHWC memory layout, faster on most machines")
     compile: Bool = Field(False, description="torch.compile the network (GPU only)")
@@ -229,6 +228,21 @@ class Train(Section):
         None, description="epochs without improvement until the end; null: all"
     )
     eval_interval: PositiveInt = Field(1, description="epochs from one validation to the next")
+    save_steps: PositiveInt | None = Field(
+        200, description="steps between saves of last.pt; null: once an epoch"
+    )
+    seed: Int = Field(304, description="seed of first weights, order and augmentation")
+    deterministic: Bool = Field(
+        False, description="on a GPU exact kernels, slower, and a warning where an operation has none"
+    )
+    tensorboard: Bool = Field(True, description="write TensorBoard files into the run folder")
+    wandb: Bool = Field(False, description="log to Weights & Biases as well (package wandb)")
+
+
+class Train(BasicTrain):
+    """How a segmentation network, or a gate over frozen experts, is trained."""
+
+    loss: Loss = Field({"name": "cross_entropy"}, description="loss with its arguments")
     adversarial: Annotated[
         Adversarial | Literal["none"], PlainValidator(partial(_section_or_none, Adversarial))
     ] = Field("none", description="attacks on the training images, or none")
@@ -239,15 +253,6 @@ class Train(Section):
     monitor: Literal["miou", "aacc", "macc", "fwiou"] = Field(
         "miou", description="validation figure of the best"
     )
-    save_steps: PositiveInt | None = Field(
-        200, description="steps between saves of last.pt; null: once an epoch"
-    )
-    seed: Int = Field(304, description="seed of first weights, order and augmentation")
-    deterministic: Bool = Field(
-        False, description="on a GPU exact kernels, slower, and a warning where an operation has none"
-    )
-    tensorboard: Bool = Field(True, description="write TensorBoard files into the run folder")
-    wandb: Bool = Field(False, description="log to Weights & Biases as well (package wandb)")
 
 
 def _images(value: Any) -> str | int:

@@ -21,7 +21,8 @@ class Phase:
     float images [B, 3, H, W] in [0, 1] unless told otherwise.
     The parameters are those of the optimizer; no others get a gradient. The scheduler moves per step.
     attack(model, inputs, labels, first) gives what the loss gets instead of the inputs; first is the number of
-    their first image, counted through the whole training.
+    their first image, counted through the whole training. clip_norm: largest norm of its gradient; None: that of the
+    train section.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Phase:
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler
     attack: Callable[[nn.Module, Any, Tensor, int], Any] | None = None
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from engine.config import Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
+from engine.config import Classification, Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
 
 # The networks that a family's train and evaluate scripts take; those of other makers go with the first.
 FAMILIES = {"deeplab": ("deeplabv3plus", "smp", "external"), "frrn": ("frrn",)}
@@ -17,7 +17,9 @@ COMMANDS = {
     "train": "pipelines.segmentation:train",
     "evaluate": "pipelines.evaluation:evaluate",
     "pipeline": "pipelines.stages:run",
+    "train_cnn_moe": "pipelines.classification:train",
 }
+SCRIPTS = {"pipeline": "run_pipeline.py", "train_cnn_moe": "train_cnn_moe.py"}  # those of no family
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def _fitting(config: Config, family: str | None) -> tuple[tuple[str, ...], str]:
     """The commands that take a config, and what it is."""
     if isinstance(config, Pipeline):
         return ("pipeline",), "this is a pipeline of stages"
+    if isinstance(config, Classification):
+        return ("train_cnn_moe",), "this is a classifier"
     if isinstance(config, Evaluation):
         return ("evaluate",), "this evaluates finished runs, there is nothing to train"
     if config.ensemble:
@@ -94,8 +98,8 @@ def _fitting(config: Config, family: str | None) -> tuple[tuple[str, ...], str]:
 
 
 def _script(command: str, config: Config, family: str | None) -> str:
-    if command == "pipeline":
-        return "run_pipeline.py"
+    if command in SCRIPTS:
+        return SCRIPTS[command]
     network = getattr(config, "network", None)
     families = [name for name, networks in FAMILIES.items() if network and network.name in networks]
     return f"{command}_{family or (families or list(FAMILIES))[0]}.py"

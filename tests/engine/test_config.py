@@ -412,7 +412,8 @@ SECTIONS = {name: section for kind in KINDS.values() for name, section in sectio
 def test_the_walk_over_sections_finds_them_all():
     assert set(SECTIONS) == {
         "Run", "Evaluation", "Pipeline", "Stage", "Data", "Augment", "Gate", "SharedEncoder", "Cache",
-        "Train", "Adversarial", "Evaluate", "Corruptions",
+        "Train", "Adversarial", "Evaluate", "Corruptions", "Classification", "ImageData", "ClassifierTrain",
+        "RouterTraining",
     }  # fmt: skip
 
 
@@ -432,4 +433,9 @@ def test_paths_of_components():
         ("train", "optimizer"),
         ("train", "schedule"),
         ("train", "loss"),
+        ("train", "router", "optimizer"),
+        ("train", "router", "schedule"),
+        ("evaluate", "transfer"),
     }
+    fixed = RULES.components["data",][1]  # of both kinds of data
+    assert {"image_size", "subsets", "pad", "flip", "cache_dir"} <= fixed

@@ -40,6 +40,7 @@ def calls(monkeypatch):
         ("segmentation", "train", "train"),
         ("evaluation", "evaluate", "evaluate"),
         ("stages", "run", "pipeline"),
+        ("classification", "train", "train_cnn_moe"),
     ):
         stand_in = types.ModuleType(module)
         setattr(stand_in, function, record(command))

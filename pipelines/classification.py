@@ -1,0 +1,178 @@
+"""The classification pipeline: a config's images, network and method, handed to the engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dataloaders.image_batches import EvalBatches, ImageBatch, TrainBatches, images_of
+from dataloaders.image_set import ImageSet, ImageSplit
+from engine.checkpoints import load_metadata, load_weights
+from engine.config import Classification, RouterTraining, UserError
+from engine.learner import Learner, Result
+from engine.loop import fit, optimizer_steps
+from engine.pathways import Inputs, RouterPhase, adversary_of, classified
+from engine.randomness import random_state, seed_everything
+from engine.runs import RunFolder, check_run_folder
+from engine.steps import Phase
+from networks.complexity import parameters
+from pipelines.classifier_costs import describe_costs
+from pipelines.classifier_validation import metric_names, validated
+from pipelines.models import weights_file
+from pipelines.segmentation import pick_device
+
+BALANCED_ON = 512  # images that the router's first biases are set from
+
+
+def train(config: Classification, options) -> list[Result] | None:
+    """Train the classifier that the config describes; its run folder is filled."""
+    device = pick_device(options.device)
+    flags = {"resume": options.resume, "overwrite": options.overwrite}
+    if not options.dry_run:
+        check_run_folder(folder_of(config), config.resolved(), **flags)
+    images = config.data.build(config.data.cache_dir)
+    model = build(config, images)
+    costs = describe_costs(model, images.size)
+    if options.dry_run:
+        title = f"{config.name}: {config.network.name} {config.network.args['arch']}"
+        print("\n".join([title, *costs, images.describe()]))
+        return None
+    folder = RunFolder(folder_of(config), config.resolved(), **flags, device=device)
+    folder.log(f"{config.name}: {images.describe()}, {device}")
+    for line in costs:
+        folder.log(line)
+    settings, data = config.train, config.data
+    batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
+    if settings.balanced_start and hasattr(model, "router") and not folder.last.exists():
+        balance(model, images.split("train"))
+    clusters = clusters_of(config, images)
+    about = description(config, images, model)
+    learner = Learner(
+        model,
+        phases_of(config, model, optimizer_steps(batches, settings), device),
+        folder,
+        weights=lambda model: (model.state_dict(), about),
+        identity={"data": about["data"]},
+        random=random_state(),
+    )
+    held_out = attacked_part(images.split("val"), settings.val_images)
+
+    def validate(models: Sequence[nn.Module]) -> list[dict[str, float]]:
+        return [
+            validated(one, EvalBatches(held_out, settings.batch_size), settings, device) for one in models
+        ]
+
+    def prepare(batch: ImageBatch, device: torch.device, layout: torch.memory_format) -> Inputs:
+        wanted = None if clusters is None else clusters[torch.from_numpy(batch.rows)].to(device)
+        return Inputs(images_of(batch, device, layout), wanted)
+
+    names = metric_names(model)
+    return fit([learner], batches, validate, settings, device, metrics=names, prepare=prepare)
+
+
+def build(config: Classification, images: ImageSet) -> nn.Module:
+    """The untrained network, or with the weights of train.start_from."""
+    seed_everything(config.train.seed, config.train.deterministic)
+    model = config.network.build(images.num_classes)
+    if config.train.start_from:
+        start(model, config)
+    return model
+
+
+def start(model: nn.Module, config: Classification) -> None:
+    """Weights of another run. UserError where they are of another network."""
+    source = weights_file(config.train.start_from)
+    tensors, _ = load_weights(source)
+    own = model.state_dict()
+    wrong = [name for name, one in own.items() if name not in tensors or tensors[name].shape != one.shape]
+    if wrong or len(tensors) != len(own):
+        raise UserError(
+            f"train.start_from: {source} is of another network, {len(wrong)} tensors differ ({', '.join(wrong[:3])})"
+        )
+    model.load_state_dict(tensors)
+
+
+def phases_of(config: Classification, model: nn.Module, steps: int, device: torch.device) -> list[Phase]:
+    """One phase for everything; for advmoe one for the pathways, one for the router."""
+    train = config.train
+    layout = torch.channels_last if train.channels_last else torch.preserve_format
+    model.to(device, memory_format=layout)
+    if train.method == "standard":
+        optimizer = train.optimizer.build(list(model.parameters()))
+        schedule = train.schedule.build(optimizer, steps)
+        return [Phase("network", classified(), list(model.parameters()), optimizer, schedule)]
+    adversary = adversary_of(train)
+    if train.method != "advmoe":
+        own = list(model.parameters())
+        optimizer = train.optimizer.build(own)
+        schedule = train.schedule.build(optimizer, steps)
+        return [Phase("network", adversary.loss, own, optimizer, schedule, adversary.attack)]
+    router = train.router or RouterTraining()
+    routed, own = list(model.router.parameters()), list(model.body.parameters())
+    optimizer = train.optimizer.build(own)
+    first = Phase(
+        "pathways", adversary.loss, own, optimizer, train.schedule.build(optimizer, steps), adversary.attack
+    )
+    optimizer = (router.optimizer or train.optimizer).build(routed)
+    schedule = (router.schedule or train.schedule).build(optimizer, steps)
+    phase = RouterPhase(train, router)
+    return [first, Phase("router", phase.loss, routed, optimizer, schedule, phase.attack, router.clip_norm)]
+
+
+def balance(model: nn.Module, split: ImageSplit) -> None:
+    """The router's first biases, from images of the training split."""
+    rows = np.linspace(0, len(split) - 1, min(BALANCED_ON, len(split))).astype(int)
+    images = torch.from_numpy(np.ascontiguousarray(split.images[rows])).float() / 255
+    with torch.no_grad():
+        model.router.balance(model.entry(images).split(128))
+
+
+def clusters_of(config: Classification, images: ImageSet) -> Tensor | None:
+    """For router.target: cluster, of each training image the k-means cluster of its 8 x 8 thumbnail, int64 [N]."""
+    router = config.train.router or RouterTraining()
+    if config.train.method != "advmoe" or router.target != "cluster":
+        return None
+    from sklearn.cluster import KMeans
+
+    split = images.split("train")
+    thumbnails = []
+    for start in range(0, len(split), 1024):
+        rows = np.arange(start, min(start + 1024, len(split)))
+        part = torch.from_numpy(np.ascontiguousarray(split.images[rows])).float() / 255
+        thumbnails.append(nn.functional.adaptive_avg_pool2d(part, 8).flatten(1))
+    means = KMeans(config.network.args["num_experts"], random_state=0, n_init=4)
+    found = means.fit_predict(torch.cat(thumbnails).numpy())
+    return torch.from_numpy(found.astype(np.int64))
+
+
+def attacked_part(split: ImageSplit, count: int) -> ImageSplit:
+    """Evenly picked images of a split."""
+    if count >= len(split):
+        return split
+    return split.take(np.linspace(0, len(split) - 1, count).round().astype(int))
+
+
+def folder_of(config: Classification) -> Path:
+    return Path(config.output) / config.name
+
+
+def description(config: Classification, images: ImageSet, model: nn.Module) -> dict:
+    """Metadata of the checkpoint: what it takes to build the network again and to know how it was trained."""
+    recipe = config.resolved()
+    for key in ("name", "output"):
+        recipe.pop(key)
+    recipe["data"].pop("cache_dir")
+    total, _ = parameters(model)
+    about = {
+        "config": recipe,
+        "classes": list(images.classes),
+        "network": config.network.plain(),
+        "data": images.manifest("train"),
+        "parameters": total,
+    }
+    if config.train.start_from:
+        path = config.train.start_from
+        about["start_from"] = {"path": path, "sha256": load_metadata(weights_file(path))["tensors_sha256"]}
+    return about

@@ -1,0 +1,62 @@
+"""What a classifier costs: parameters, those that an image meets, and multiply-adds per image."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from networks.complexity import parameters
+
+
+@dataclass(frozen=True)
+class ClassifierCost:
+    """parameters: all. active: of the router and one pathway. pathway, router, executed: GMACs per image."""
+
+    parameters: int
+    active: int
+    pathway: float
+    router: float
+    executed: float
+
+
+def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
+    """Of one image of `size` (channels, height, width). executed: counted in a pass of a batch of one."""
+    total, _ = parameters(model)
+    image = torch.zeros(1, *size, device=next(model.parameters()).device)
+    if not hasattr(model, "pathway"):
+        gmacs = counted(model, image)
+        return ClassifierCost(total, total, gmacs, 0.0, gmacs)
+    plain = model.pathway(0)
+    routed = sum(parameter.numel() for parameter in model.router.parameters())
+    return ClassifierCost(
+        total,
+        sum(parameter.numel() for parameter in plain.parameters()) + routed,
+        counted(plain, image),
+        counted(model.router, model.entry(image)),
+        counted(model, image),
+    )
+
+
+@torch.no_grad()
+def counted(module: nn.Module, image: torch.Tensor) -> float:
+    """GMACs of convolutions and matrix products, by torch.utils.flop_counter; the module stays in its mode."""
+    before = module.training
+    module.eval()
+    with FlopCounterMode(display=False) as counter:
+        module(image)
+    module.train(before)
+    return counter.get_total_flops() / 2e9
+
+
+def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
+    """For people."""
+    cost = cost_of(model, size)
+    lines = [f"parameters: {cost.parameters:,}, {cost.active:,} of them active for an image"]
+    shape = " x ".join(map(str, size))
+    if cost.router:
+        parts = f"a pathway {cost.pathway:.4f}, the router {cost.router:.4f}"
+        lines.append(f"GMACs per image of {shape}: {cost.executed:.4f} ({parts})")
+    else:
+        lines.append(f"GMACs per image of {shape}: {cost.executed:.4f}")
+    return lines

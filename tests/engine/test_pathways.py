@@ -1,0 +1,176 @@
+"""AdvMoE's phases: who gets a gradient, whose statistics move, what is attacked; divergences that never underflow."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attacks.threat import Threat, is_inside
+from engine.adversarial import divergence
+from engine.config import ClassifierTrain, RouterTraining
+from engine.pathways import Inputs, RouterPhase, adversary_of, imbalance, score_divergence, score_entropy
+from networks.cnn_moe.model import CNNMoE
+
+EPS = 8 / 255
+
+
+def train(**keys) -> ClassifierTrain:
+    return ClassifierTrain.model_validate({"method": "advmoe", "epochs": 1, "eps": EPS, "steps": 2, **keys})
+
+
+def mixture(experts=2):
+    torch.manual_seed(4)
+    model = CNNMoE(5, arch="resnet18", ratio=0.05, num_experts=experts)
+    model.router.balance([model.entry(batch(32)[0].images)])
+    return model.train()
+
+
+def batch(count=6):
+    dice = torch.Generator().manual_seed(7)
+    images = torch.rand(count, 3, 8, 8, generator=dice)
+    return Inputs(images, torch.arange(count) % 2), torch.arange(count) % 5
+
+
+def statistics(module: nn.Module) -> list[torch.Tensor]:
+    return [buffer.clone() for name, buffer in module.named_buffers() if "running" in name]
+
+
+def moved(module: nn.Module, before: list[torch.Tensor]) -> bool:
+    return any(not torch.equal(one, other) for one, other in zip(statistics(module), before, strict=True))
+
+
+def router_phase(**keys) -> RouterPhase:
+    settings = RouterTraining.model_validate(keys)
+    return RouterPhase(train(), settings)
+
+
+@pytest.mark.parametrize("gap", [50.0, 104.0, 300.0, 1e4])
+def test_divergences_and_their_gradients_are_finite_at_any_gap(gap):
+    """A target whose softmax underflows made the published router NaN from a gap of 104 on."""
+    scores = torch.tensor([gap, 0.0]).view(1, 1, 2, 1, 1, 1).requires_grad_()
+    others = torch.tensor([0.0, gap]).view(1, 1, 2, 1, 1, 1).requires_grad_()
+    found = score_divergence(scores, others)
+    assert found.item() == pytest.approx(gap, rel=1e-4)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), (scores, others)))
+    logits, attacked = (one.detach().view(1, 2).requires_grad_() for one in (scores, others))
+    found = divergence(logits, attacked)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(found.sum(), (logits, attacked)))
+    published = F.kl_div(others.flatten(2).log_softmax(2), scores.flatten(2).softmax(2), reduction="sum")
+    (grad,) = torch.autograd.grad(published, scores)
+    assert grad.isfinite().all() == (gap < 104)  # why it is written otherwise
+
+
+def test_score_losses_are_their_formulas():
+    scores, others = torch.randn(3, 4, 2, 1, 1, 1), torch.randn(3, 4, 2, 1, 1, 1)
+    p, q = scores.flatten(2).softmax(2), others.flatten(2).softmax(2)
+    assert torch.allclose(score_divergence(scores, others), (p * (p / q).log()).sum(2).mean(0), atol=1e-6)
+    wanted = torch.tensor([0, 1, 1, 0])
+    expected = -p[:, torch.arange(4), wanted].log().mean(0)
+    assert torch.allclose(score_entropy(scores, wanted), expected, atol=1e-6)
+    loads = F.one_hot(p.argmax(2), 2).float().mean(1)
+    assert torch.allclose(imbalance(scores), (2 * (loads * p.mean(1)).sum(1) - 1).mean(), atol=1e-6)
+    even = torch.tensor([[9.0, -9.0], [-9.0, 9.0]]).view(1, 2, 2, 1, 1, 1)
+    assert (
+        imbalance(even).abs() < 1e-5
+        and imbalance(even.abs() * torch.tensor([1.0, -1]).view(1, 1, 2, 1, 1, 1)) > 0.99
+    )
+
+
+def test_the_pathways_are_trained_given_the_router():
+    model, (inputs, labels) = mixture(), batch()
+    adversary = adversary_of(train())
+    before = statistics(model.body)
+    attacked = adversary.attack(model, inputs, labels, 0)
+    assert not moved(model.body, before) and model.training and model.router.training
+    threat_free = (attacked.adversarial.images - inputs.images).abs().flatten(1).amax(1)
+    assert (threat_free > 0).all() and (threat_free <= EPS + 1e-6).all()
+    total, count = adversary.loss(model, attacked, labels)
+    own, routed = list(model.body.parameters()), list(model.router.parameters())
+    grads = torch.autograd.grad(total, own, allow_unused=True, retain_graph=True)
+    assert sum(grad is not None and bool(grad.abs().sum() > 0) for grad in grads) > len(own) / 2
+    assert all(grad is None for grad in torch.autograd.grad(total, routed, allow_unused=True))
+    assert moved(model.body, before) and count == 6
+
+
+def test_at_moe_trains_both_at_once():
+    model, (inputs, labels) = mixture(), batch()
+    adversary = adversary_of(train(method="at_moe"))
+    total, _ = adversary.loss(model, adversary.attack(model, inputs, labels, 0), labels)
+    (grad,) = torch.autograd.grad(total, [model.router.head.weight])
+    assert grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("target", ["task", "label_mod", "cluster", "none"])
+@pytest.mark.parametrize("attack", ["router", "joint"])
+def test_the_router_is_trained_given_the_pathways(target, attack):
+    model, (inputs, labels) = mixture(), batch()
+    phase = router_phase(target=target, attack=attack)
+    body, router = statistics(model.body), statistics(model.router)
+    attacked = phase.attack(model, inputs, labels, 0)
+    assert not moved(model.body, body) and not moved(model.router, router) and model.training
+    change = (attacked.adversarial.images - inputs.images).abs().flatten(1).amax(1)
+    assert (change > 0).all() and (change <= EPS + 1e-6).all()
+    assert attacked.adversarial.images.min() >= 0 and attacked.adversarial.images.max() <= 1
+    total, count = phase.loss(model, attacked, labels)
+    assert total.isfinite() and count == 6
+    (grad,) = torch.autograd.grad(total, [model.router.head.weight])
+    assert grad.isfinite().all() and grad.abs().sum() > 0
+    assert not moved(model.body, body) and moved(model.router, router)
+    assert model.training and model.body.training
+
+
+def test_the_attack_on_the_router_moves_its_scores_more_than_noise_does():
+    model, (inputs, labels) = mixture(), batch()
+    phase = router_phase()
+    model.eval()
+    clean = model.gate_logits(inputs.images)
+    attacked = phase.attack(model, inputs, labels, 0).adversarial.images
+    dice = torch.Generator().manual_seed(1)
+    noise = (inputs.images + EPS * torch.randn(inputs.images.shape, generator=dice).sign()).clamp(0, 1)
+    apart = [score_divergence(clean, model.gate_logits(points)).mean() for points in (attacked, noise)]
+    assert apart[0] > 3 * apart[1]
+
+
+def test_what_is_attacked_follows_from_the_number_of_the_image():
+    model, (inputs, labels) = mixture(), batch()
+    model.eval()
+    phase = router_phase()
+    whole = phase.attack(model, inputs, labels, 10).adversarial.images
+    rows = torch.arange(2, 6)
+    part = phase.attack(model, inputs[rows], labels[rows], 12).adversarial.images
+    assert torch.allclose(part, whole[2:], atol=1e-6)
+    assert not torch.allclose(phase.attack(model, inputs, labels, 11).adversarial.images, whole, atol=1e-3)
+
+
+def test_the_loss_of_label_mod_is_written_out():
+    model, (inputs, labels) = mixture(experts=3), batch()
+    phase = router_phase(target="label_mod", beta=2.0, balance=0.5)
+    attacked = phase.attack(model, inputs, labels, 0)
+    total, _ = phase.loss(model, attacked, labels)
+    model.body.eval()
+    with torch.no_grad():
+        for module in model.router.modules():  # the same batch statistics again
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.0
+        clean, other = (model.gate_logits(one.images) for one in (attacked.clean, attacked.adversarial))
+        expected = F.cross_entropy(clean.flatten(2)[0], labels % 3, reduction="sum")
+        expected += 2.0 * score_divergence(clean, other).sum() + 0.5 * 6 * imbalance(clean)
+    assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_router_s_gradient_is_the_same_with_any_weight_of_what_does_not_reach_it():
+    """The task's loss reaches the router through the routes alone: with all scores constant, nothing does."""
+    model, (inputs, labels) = mixture(), batch()
+    with torch.no_grad():
+        model.router.head.weight.zero_()
+    phase = router_phase(target="task", beta=0.0)
+    total, _ = phase.loss(model, phase.attack(model, inputs, labels, 0), labels)
+    (grad,) = torch.autograd.grad(total, [model.router.conv.weight])
+    assert (grad == 0).all()
+
+
+def test_images_stay_inside_the_ball_of_the_threat():
+    model, (inputs, labels) = mixture(), batch()
+    attacked = adversary_of(train(steps=3)).attack(model, inputs, labels, 0)
+    threat = Threat(EPS, "linf", -1, tuple(range(6)))
+    assert is_inside(attacked.adversarial.images, inputs.images, threat).all()
