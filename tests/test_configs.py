@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from engine.config import Evaluation, Pipeline, load
-from pipelines.cli import FAMILIES, check
+from pipelines.cli import FAMILIES, SCRIPTS, check
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -79,9 +79,19 @@ def test_config_opens_with_the_command_that_takes_it(name):
     assert command, f"{name} opens with # python SCRIPT.py {name}"
     script = command[1]
     assert (ROOT / f"{script}.py").is_file()
+    alone = {file.removesuffix(".py"): command for command, file in SCRIPTS.items()}
     kind, _, family = script.partition("_")
-    check(load(name), *(("pipeline", None) if script == "run_pipeline" else (kind, family)), name)
-    assert script == "run_pipeline" or family in FAMILIES
+    check(load(name), *((alone[script], None) if script in alone else (kind, family)), name)
+    assert script in alone or family in FAMILIES
+
+
+@pytest.mark.parametrize("name", sorted(map(str, Path("configs/cnn_moe").glob("*.yaml"))))
+def test_the_slim_network_of_a_classifier_is_the_change_that_its_file_tells(name):
+    told = re.search(r"a slim network: (network=\{.*\}) (train\S+) (train\S+)\n", Path(name).read_text())
+    mixture, slim = load(name), load(name, list(told.groups()))
+    assert (mixture.network.name, slim.network.name) == ("cnn_moe", "cnn")
+    assert all(slim.network.args[key] == mixture.network.args[key] for key in ("arch", "ratio", "stem"))
+    assert slim.train.method == "trades" and slim.train.router is None and slim.train.eps == mixture.train.eps
 
 
 @pytest.mark.parametrize("name", MAIN)
