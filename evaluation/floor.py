@@ -34,7 +34,7 @@ TOLERANCE = 1e-4  # of the largest logit: what float32 may do to a sum
 
 @dataclass(frozen=True)
 class Floor:
-    """right: bool [B, H, W], False where there is no label; None where there is no floor, and why."""
+    """right: bool [B, *S], False where there is no label; None where there is no floor, and why."""
 
     right: Tensor | None
     reason: str = ""
@@ -44,7 +44,8 @@ class Floor:
 def gate_free_floor(
     model, images: Tensor, labels: Tensor, ignore_index: int | None = 255, seen: Inside | None = None
 ) -> Floor:
-    """Of a routed model (see attacks.routed) at images [B, 3, H, W] in [0, 1], attacked or not; labels [B, H, W].
+    """Of a routed model (see attacks.routed) at images [B, 3, H, W] in [0, 1], attacked or not; labels [B, *S]. Of hard
+    routing with one weight per image it is over the experts: no other weights occur, and mixing needn't be linear.
     seen: what `look_inside` gave for these images, where it has been called already."""
     seen = seen or look_inside(model, images)
     ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
@@ -53,7 +54,9 @@ def gate_free_floor(
     if sites > 1:
         return Floor(None, f"none: a gate at {sites} sites")
     alone = parts_of(seen, slice(None))
-    if grid != [1, 1]:
+    if grid == [1, 1] and classes == 1 and getattr(model, "routing", "soft") == "hard":
+        found = Floor(least_lead([alone], known).amin(dim=1) > 0)  # one expert takes all: there are no other weights
+    elif grid != [1, 1]:
         found = _of_each_place(model, images, alone, known, classes)
     else:
         found = _of_the_image(seen, alone, known, classes)
@@ -79,6 +82,7 @@ def _of_the_image(seen: Inside, alone: Tensor, labels: Tensor, classes: int) -> 
     """Weights that are the same at all places; `alone` [B, E, C, H, W] is what each expert says with all weight."""
     weights = some_weights(seen)[0]
     mixed = seen.mix(weights[None])
+    weights = weights.view(*weights.shape[:3], *[1] * (alone.ndim - 3))  # [B, E, K, ...], for images one by one as well
     if is_close((weights * alone).sum(dim=1), mixed):  # no class has a part of another's weights
         lead = least_lead([alone], labels)
         if classes > 1:

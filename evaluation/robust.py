@@ -243,7 +243,7 @@ class Bench:
             "expert_right": torch.stack(alone, dim=1).tolist(),
             "gate_free": [floor.reason] * len(points)
             if floor.right is None
-            else floor.right.flatten(1).sum(dim=1).tolist(),
+            else floor.right.view(len(points), -1).sum(dim=1).tolist(),
             "route": weights.argmax(dim=2).tolist(),
             "flips": rounded(flips.tolist()),
             "margin": rounded(gap.mean(dim=1).tolist()),

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from evaluation.floor import gate_free_floor
+from networks.cnn_moe.model import CNNMoE
 from networks.gates import ClasswiseGate, SimpleGate
 from networks.mixture import ExpertOutputs, Mixture
 from networks.spatial_gate import SpatialGate
@@ -174,4 +175,20 @@ def test_pixels_without_a_label_are_not_right():
 @pytest.mark.parametrize("gate", ["simple", "classwise"])
 def test_mixed_probabilities_have_none(gate):
     found = gate_free_floor(*case(0, gate=gate, mix="probs"))
+    assert found.right is None and found.reason == "none: what is mixed is not linear in the weights"
+
+
+def test_of_a_classifier_that_routes_hard_it_is_that_all_pathways_are_right():
+    torch.manual_seed(3)
+    model = CNNMoE(4, arch="resnet18", ratio=0.05, num_experts=3).eval()
+    images, labels = torch.rand(40, 3, 8, 8), torch.randint(4, (40,))
+    found = gate_free_floor(model, images, labels)
+    each = torch.stack([model.pathway(expert)(images).argmax(1) == labels for expert in range(3)])
+    assert torch.equal(found.right, each.all(dim=0)) and each.any(dim=0).sum() > found.right.sum()
+
+
+def test_a_classifier_that_weighs_its_convolutions_has_none():
+    torch.manual_seed(3)
+    model = CNNMoE(4, arch="resnet18", ratio=0.05, num_experts=3, top_k=2).eval()
+    found = gate_free_floor(model, torch.rand(8, 3, 8, 8), torch.randint(4, (8,)))
     assert found.right is None and found.reason == "none: what is mixed is not linear in the weights"
