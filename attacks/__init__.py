@@ -16,6 +16,7 @@ ATTACKS = {
     "stay_route": "attacks.routed:stay_route",
     "joint": "attacks.routed:joint",
     "weakest_expert": "attacks.routed:weakest_expert",
+    "each_path": "attacks.routed:each_path",
     "all_to_one_wrong": "attacks.routed:all_to_one_wrong",
     "gate_only": "attacks.routed:gate_only",
     "experts_only": "attacks.routed:experts_only",

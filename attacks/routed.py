@@ -197,6 +197,32 @@ def weakest_expert(
     return search.run("weakest_expert", [steer(search, chosen.transpose(0, 1))], steps - steps // 2)
 
 
+def each_path(
+    model,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    *,
+    loss: TaskLoss = "masked_ce",
+    steps: PositiveInt = 20,
+    climber: Climber = "pgd",
+) -> Found:
+    """Raises the task's loss with all weight on one expert, on each in turn, wherever the gate goes meanwhile.
+
+    Args:
+        loss: of the task; a mask is that of the pixels which the model still gets right.
+        steps: gradient steps of all experts together.
+        climber: with a fixed step (pgd), or one that is halved where the loss no longer rises (apgd).
+    """
+    search = RoutedSearch(model, images, labels, threat, loss, climber)
+
+    def objective(points: Tensor, progress: float, vertex: Tensor) -> Trial:
+        seen = search.inside(points)
+        return search.trial(seen.mix(vertex), seen.logits)
+
+    return search.run("each_path", [partial(objective, vertex=one) for one in search.vertices()], steps)
+
+
 def all_to_one_wrong(
     model,
     images: Tensor,

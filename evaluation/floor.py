@@ -55,7 +55,9 @@ def gate_free_floor(
         return Floor(None, f"none: a gate at {sites} sites")
     alone = parts_of(seen, slice(None))
     if grid == [1, 1] and classes == 1 and getattr(model, "routing", "soft") == "hard":
-        found = Floor(least_lead([alone], known).amin(dim=1) > 0)  # one expert takes all: there are no other weights
+        found = Floor(
+            least_lead([alone], known).amin(dim=1) > 0
+        )  # one expert takes all: there are no other weights
     elif grid != [1, 1]:
         found = _of_each_place(model, images, alone, known, classes)
     else:
@@ -82,7 +84,9 @@ def _of_the_image(seen: Inside, alone: Tensor, labels: Tensor, classes: int) -> 
     """Weights that are the same at all places; `alone` [B, E, C, H, W] is what each expert says with all weight."""
     weights = some_weights(seen)[0]
     mixed = seen.mix(weights[None])
-    weights = weights.view(*weights.shape[:3], *[1] * (alone.ndim - 3))  # [B, E, K, ...], for images one by one as well
+    weights = weights.view(
+        *weights.shape[:3], *[1] * (alone.ndim - 3)
+    )  # [B, E, K, ...], for images one by one as well
     if is_close((weights * alone).sum(dim=1), mixed):  # no class has a part of another's weights
         lead = least_lead([alone], labels)
         if classes > 1:

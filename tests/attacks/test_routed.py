@@ -109,7 +109,7 @@ def test_the_cost_is_known_beforehand(name, routing, gate):
     found = attack(name, model, images, labels, threat(1, eps=0.01 / 255), steps=9)
     classwise = gate in ("classwise", "spatial, per class")
     runs = {"soft_gate": 3, "joint": 3, "route_first": 1 if classwise else 3, "weakest_expert": 4}
-    runs |= {"all_to_one_wrong": 2}
+    runs |= {"all_to_one_wrong": 2, "each_path": 3}
     assert (found.forwards, found.backwards) == (1 + 9 + runs.get(name, 1), 9)
 
 
@@ -528,6 +528,19 @@ def test_weakest_expert_steers_to_the_one_that_lost_most():
         1,
         1,
     ]
+
+
+def test_each_path_has_all_weight_on_one_expert_after_the_other():
+    class Told(Weak):
+        def gate_and_mix(self, images):
+            gate_logits, mix = super().gate_and_mix(images)
+            return gate_logits, lambda weights: told.append(weights.detach().reshape(-1, 3)) or mix(weights)
+
+    told: list[torch.Tensor] = []
+    images = torch.full((2, 3, 2, 2), 0.5)
+    attack("each_path", Told(), images, torch.tensor([0, 0]), threat(2, 1e-6, ignore_index=None), steps=30)
+    order = [one[0].argmax().item() for one in told if (one == one[0]).all() and one[0].max() == 1]
+    assert all(order.count(expert) >= 10 for expert in (0, 1, 2))
 
 
 def test_wrong_classes_and_agreement_by_hand():
