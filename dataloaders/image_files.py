@@ -23,6 +23,9 @@ from engine.disk import locked, progress, write_at
 
 VERSION = 1  # raise it when the same files give other bytes
 ENDINGS = (".png", ".jpg", ".jpeg")
+CHECKED = (
+    50_000  # decoded images whose bytes are compared when they are opened, evenly spread; all of small sets
+)
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
 
 
@@ -162,9 +165,11 @@ def damage_of(folder: Path, shape: tuple[int, ...]) -> str:
         array = np.load(folder / "images.npy", mmap_mode="r")
         if array.shape != shape or array.dtype != np.uint8:
             return f"images.npy is {array.dtype} {array.shape}"
-        sums = [zlib.crc32(array[row]) for row in range(len(array))]
-        wrong = sum(found != told for found, told in zip(sums, meta["crc32"], strict=True))
-        return f"{wrong} images have other bytes" if wrong else ""
+        if len(meta["crc32"]) != len(array):
+            return f"meta.json is of {len(meta['crc32'])} images"
+        rows = np.unique(np.linspace(0, len(array) - 1, min(len(array), CHECKED)).astype(int)).tolist()
+        wrong = sum(zlib.crc32(array[row]) != meta["crc32"][row] for row in rows)
+        return f"{wrong} of {len(rows)} images have other bytes" if wrong else ""
     except (OSError, ValueError, KeyError) as error:
         return f"can't be read ({error})"
 

@@ -151,7 +151,7 @@ def test_a_changed_file_is_decoded_again_and_damage_is_mended(tmp_path, capsys):
     content[-1] ^= 1
     path.write_bytes(content)
     mended, told = open_test()
-    assert "1 images have other bytes; decoding again" in told and np.array_equal(mended, after)
+    assert "1 of 40 images have other bytes; decoding again" in told and np.array_equal(mended, after)
 
 
 def test_files_that_are_no_images_or_of_no_class_are_named(tmp_path):
