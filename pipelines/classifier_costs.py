@@ -1,4 +1,6 @@
-"""What a classifier costs: parameters, those that an image meets, and multiply-adds per image."""
+"""What a classifier costs: parameters, those that an image meets, and multiply-adds per image.
+
+python -m pipelines.classifier_costs prints a table of all architectures."""
 
 from dataclasses import dataclass
 
@@ -6,6 +8,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evaluation.formats import markdown_table, number
+from networks.cnn_moe import ARCHITECTURES
+from networks.cnn_moe.model import CNN, CNNMoE
 from networks.complexity import parameters
 
 
@@ -60,3 +65,34 @@ def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     else:
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f}")
     return lines
+
+
+def cost_table(
+    num_classes: int, size: tuple[int, int, int], stem: str, ratio: float, experts: tuple[int, ...]
+) -> list[str]:
+    """A Markdown table: every architecture dense, slim and as mixtures."""
+    lines = []
+    for arch in ARCHITECTURES:
+        for width, count in ((1.0, 1), (ratio, 1), *((ratio, one) for one in experts)):
+            keys = {"arch": arch, "ratio": width, "stem": stem}
+            model = CNN(num_classes, **keys) if count == 1 else CNNMoE(num_classes, num_experts=count, **keys)
+            cost = cost_of(model, size)
+            kind = "dense" if width == 1 else "slim" if count == 1 else f"E = {count}"
+            gmacs = (cost.pathway, cost.router, cost.executed)
+            numbers = [number(cost.parameters), number(cost.active), *(f"{one:.4f}" for one in gmacs)]
+            lines.append([arch, kind, f"{width:g}", *numbers])
+    titles = ["network", "kind", "ratio", "parameters", "active", "GMACs pathway", "router", "executed"]
+    return markdown_table(titles, lines, left=2)
+
+
+def main() -> None:
+    """Prints the tables of docs/classifier_costs.md."""
+    for num_classes, edge, stem in ((10, 32, "cifar"), (200, 64, "cifar"), (1000, 224, "imagenet")):
+        title = f"{edge}x{edge}, {num_classes} classes, stem {stem}"
+        print(
+            "\n".join(["", f"## {title}", "", *cost_table(num_classes, (3, edge, edge), stem, 0.5, (2, 5))])
+        )
+
+
+if __name__ == "__main__":
+    main()
