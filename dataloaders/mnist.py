@@ -6,13 +6,18 @@ import numpy as np
 
 from dataloaders.image_files import read_gzip
 from dataloaders.image_set import ImageSet, ImageSplit, with_val
-from engine.config import PositiveInt, UserError
+from engine.config import PositiveInt, Probability, UserError
 
 FILES = {"train": "train", "test": "t10k"}
 
 
 def mnist(
-    cache_dir: str, *, root: str, val_images: PositiveInt = 1000, val_seed: int = 0, test_share: float = 0.3
+    cache_dir: str,
+    *,
+    root: str,
+    val_images: PositiveInt = 1000,
+    val_seed: int = 0,
+    test_share: Probability = 0.3,
 ) -> ImageSet:
     """MNIST, 28x28 in grey.
 

@@ -1,6 +1,6 @@
 """The config of a classifier: an image set, a CNN, and how it is trained and attacked."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -75,10 +75,6 @@ class ClassifierTrain(BasicTrain):
     val_images: PositiveInt = Field(1000, description="validation images that are attacked, at most")
     val_steps: PositiveInt = Field(10, description="gradient steps of the validation attack, at eps")
     val_eps: Positive | None = Field(None, description="largest change in validation; null: eps")
-    start_from: Text | None = Field(
-        None,
-        description="run folder or checkpoint with the first weights, of an equal network; null: new ones",
-    )
     monitor: Literal["robust_top1", "top1"] = Field(
         "robust_top1",
         description="validation figure of the best: robust_top1 is the lower of accuracy under an attack through the "
@@ -117,6 +113,3 @@ class Classification(Config):
             told = f"{train['method']} trains a router, and a cnn has none; allowed: trades, pgd_at, standard"
             return [Mistake(("train", "method"), told)]
         return []
-
-    def resolved(self) -> dict[str, Any]:
-        return self.plain()

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from attacks.threat import Threat, seed_of
 from engine.adversarial import Adversary, Attacked, craft, divergence
 from engine.config import Adversarial, ClassifierTrain, RouterTraining
+from engine.loop import supervised
+from engine.losses import cross_entropy
 from engine.steps import PhaseLoss, evaluating
 
 NO_LABEL = -1  # no image is without one
+CROSS_ENTROPY = cross_entropy(None, NO_LABEL)
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,6 @@ class Inputs:
 
     def __getitem__(self, rows: Tensor) -> "Inputs":
         return Inputs(self.images[rows], None if self.clusters is None else self.clusters[rows])
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum, count) of logits [B, K] and labels [B]."""
-    count = torch.tensor(len(labels), dtype=torch.float64, device=labels.device)
-    return F.cross_entropy(logits.float(), labels, reduction="sum").double(), count
 
 
 def whole(model: nn.Module, inputs: Inputs) -> Tensor:
@@ -52,11 +49,7 @@ def given_router(model: nn.Module, inputs: Inputs) -> Tensor:
 
 def classified(run=whole) -> PhaseLoss:
     """Cross-entropy of what `run` gives."""
-    return PhaseLoss(
-        run=run,
-        logits=lambda model, logits: logits,
-        loss=lambda model, logits, labels: cross_entropy(logits, labels),
-    )
+    return replace(supervised(CROSS_ENTROPY), run=run)
 
 
 def attack_settings(train: ClassifierTrain) -> Adversarial:
@@ -135,7 +128,7 @@ class RouterPhase:
         """Sum of TRADES of the mixture, whose gradient reaches the router through the routes alone."""
         logits = model.forward_given(inputs.clean.images, model.route(clean))
         other = model.forward_given(inputs.adversarial.images, model.route(attacked))
-        return cross_entropy(logits, labels)[0] + self.train.beta * divergence(logits, other).sum().double()
+        return CROSS_ENTROPY(logits, labels)[0] + self.train.beta * divergence(logits, other).sum().double()
 
 
 def score_divergence(scores: Tensor, others: Tensor) -> Tensor:

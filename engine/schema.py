@@ -228,6 +228,10 @@ class BasicTrain(Section):
         None, description="epochs without improvement until the end; null: all"
     )
     eval_interval: PositiveInt = Field(1, description="epochs from one validation to the next")
+    start_from: Text | None = Field(
+        None,
+        description="run folder or checkpoint with the first weights, of an equal network; null: new ones",
+    )
     save_steps: PositiveInt | None = Field(
         200, description="steps between saves of last.pt; null: once an epoch"
     )
@@ -246,10 +250,6 @@ class Train(BasicTrain):
     adversarial: Annotated[
         Adversarial | Literal["none"], PlainValidator(partial(_section_or_none, Adversarial))
     ] = Field("none", description="attacks on the training images, or none")
-    start_from: Text | None = Field(
-        None,
-        description="run folder or checkpoint with the first weights, of an equal network; null: new ones",
-    )
     monitor: Literal["miou", "aacc", "macc", "fwiou"] = Field(
         "miou", description="validation figure of the best"
     )

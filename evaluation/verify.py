@@ -66,7 +66,7 @@ def verify(
     if lacking:
         raise UserError(f"{ledger}: {len(lacking)} of {len(wanted)} units of work are missing; let it finish")
     verdict = Verdict()
-    damaged = sum(whole_lines(path) for path in sorted(ledger.glob("segment_*.jsonl")))
+    damaged = sum(damaged_lines(path) for path in sorted(ledger.glob("segment_*.jsonl")))
     if damaged:
         verdict.problems.append(f"{damaged} lines of the ledger have a wrong checksum")
     known = networks_named(manifest, targets, verdict)
@@ -106,7 +106,7 @@ def setup_in(manifest: dict) -> Setup:
     )
 
 
-def whole_lines(path: Path) -> int:
+def damaged_lines(path: Path) -> int:
     """Lines of a segment that are no record."""
     with open(path, "rb") as file:
         return sum(1 for _ in file) - sum(1 for _ in read_lines(path))
