@@ -137,3 +137,13 @@ def test_a_classifier_has_its_own_script(tmp_path, capsys):
     )
     assert main("", "train", family="deeplab", argv=[str(path)]) == 2
     assert f"this is a classifier; run: python train_cnn_moe.py {path}" in capsys.readouterr().err
+
+
+def test_the_router_s_gradient_has_a_largest_norm_of_its_own(tmp_path):
+    moved = {}
+    for clip_norm in (1e-9, 1.0):
+        folder, _, _, one = run(tmp_path, name=f"clip_{clip_norm}", router={"clip_norm": clip_norm})
+        first = build(one, one.data.build(one.data.cache_dir)).router.conv.weight
+        last = load_weights(folder / "checkpoints" / "best.safetensors")[0]["router.conv.weight"]
+        moved[clip_norm] = (last - first).abs().max().item()
+    assert moved[1e-9] < 1e-4 < 1e-3 < moved[1.0]
