@@ -115,6 +115,8 @@ class Search:
         correct, class_accuracy = self.score(logits)
         sound = is_inside(points, self.images, self.threat) & _is_finite(logits)
         fewer, lower = sound & (correct < self.correct), sound & (class_accuracy < self.class_accuracy)
+        if not (fewer | lower).any():
+            return
         self.correct = torch.where(fewer, correct, self.correct)
         self.class_accuracy = torch.where(lower, class_accuracy, self.class_accuracy)
         self.best = torch.where(each(fewer, points), points, self.best)
@@ -191,6 +193,9 @@ def scores(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Te
     count, classes = logits.shape[:2]
     right = logits.max(dim=1).indices == labels  # argmax, some times faster
     ignored = torch.zeros_like(right) if ignore_index is None else labels == ignore_index
+    if labels.ndim == 1:
+        right = right & ~ignored
+        return right.long(), right.double()
     place = (labels * 2 + right).masked_fill(ignored, 2 * classes).view(count, -1)
     pixels = torch.zeros(count, 2 * classes + 1, dtype=torch.int64, device=labels.device)
     pixels.scatter_add_(1, place, torch.ones_like(place))

@@ -114,9 +114,9 @@ def is_inside(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
 
 def _size(points: Tensor, images: Tensor, norm: str) -> Tensor:
     change = points - images
-    return (
-        change.flatten(1).abs().amax(dim=1).double() if norm == "linf" else lengths(change).flatten().double()
-    )
+    if norm == "linf":
+        return change.abs_().flatten(1).amax(dim=1).double()
+    return lengths(change).flatten().double()
 
 
 def check_inside(points: Tensor, images: Tensor, threat: Threat) -> None:
