@@ -18,6 +18,7 @@ ATTACKS = {
     "weakest_expert": "attacks.routed:weakest_expert",
     "each_path": "attacks.routed:each_path",
     "all_to_one_wrong": "attacks.routed:all_to_one_wrong",
+    "change_route": "attacks.change_route:change_route",
     "gate_only": "attacks.routed:gate_only",
     "experts_only": "attacks.routed:experts_only",
     "member_sum": "attacks.ensembles:member_sum",
@@ -26,4 +27,5 @@ ATTACKS = {
     "members_to_one_wrong": "attacks.ensembles:members_to_one_wrong",
     "smooth_ensemble": "attacks.ensembles:smooth_ensemble",
     "evade": "attacks.evade:evade",
+    "autoattack": "attacks.autoattack:autoattack",
 }

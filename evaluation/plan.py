@@ -17,8 +17,7 @@ from evaluation.targets import Target
 
 @dataclass(frozen=True)
 class Scene:
-    """A fixed batch of B images: float32 [B, 3, H, W] in [0, 1], labels int64 [B, H, W], and of each image its
-    name and the block of neighbours that the bootstrap draws as one."""
+    """A fixed batch of B images: float32 [B, C, H, W] in [0, 1], labels int64 [B, *S], and of each image its name and the block of neighbours that the bootstrap draws as one."""
 
     images: Tensor
     labels: Tensor
@@ -125,16 +124,16 @@ def units_of(manifest: Mapping) -> Iterator[Unit]:
 def cost_table(manifest: Mapping) -> list[str]:
     """What every target costs, in passes per image, for one eps and for all; the sum for all images last.
 
-    A pass is one forward pass, mostly with a backward pass; of a target with E networks it is E network passes.
+    A pass is one forward pass, mostly with a backward pass; of a target that runs E networks it is E network passes.
     """
     ladder, count = len(manifest["eps"]), len(manifest["images"])
     lines = [["target", "kind", "members", "passes per image", f"at {ladder} eps", "network passes"]]
     whole = 0
     for target in manifest["targets"]:
         passes = sum(member["forwards"] for member in target["members"])
-        experts = target["identity"]["num_experts"]
-        total = 1 + passes * ladder
-        whole += total * experts * count
-        sizes = [number(size) for size in (len(target["members"]), passes, total, total * experts)]
+        own = sum(member["network_passes"] for member in target["members"])
+        networks = target["identity"]["networks"] + own * ladder
+        whole += networks * count
+        sizes = [number(size) for size in (len(target["members"]), passes, 1 + passes * ladder, networks)]
         lines.append([target["name"], target["identity"]["kind"], *sizes])
     return [*aligned(lines, left=2), f"{count} images: at most {number(whole)} network passes"]

@@ -22,8 +22,10 @@ WEAKER = {
     "square": "a black-box attack",
     "universal": "one perturbation for all images",
     "gate_only": "an attack on the gate alone",
+    "change_route": "an attack on the gate alone",
 }
 OTHER_GOAL = ("clean", "hide", "evade")
+OTHER_COUNT = ("hide", "change_route")  # attacks that count something else than right pixels
 
 ALARM = 0.002  # of accuracy, by which weaker attacks may add to the white-box ones (as in AutoAttack)
 GAP = 0.05  # of accuracy, by which the adaptive suite may be below the common one
@@ -224,7 +226,7 @@ def silent_success(bout: Bout) -> list[Finding]:
     what it had found, or the network doesn't answer the same twice."""
     found = []
     for name, records in bout.attacks.items():
-        if bout.component(name) == "hide" or not bout.is_own(name):  # its count is another one
+        if bout.component(name) in OTHER_COUNT or not bout.is_own(name):
             continue
         lost = [right_pixels(one) - one["claimed_correct"] for one in records.values()]
         worse = sum(one > 0 for one in lost)

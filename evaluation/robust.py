@@ -8,6 +8,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,9 +98,15 @@ def work(
     by_batch: dict[int, dict[str, list[Unit]]] = {}
     for unit in todo:
         by_batch.setdefault(unit.batch, {}).setdefault(unit.target, []).append(unit)
-    attacks = {name: {member.name: member for member in (CLEAN, *own)} for name, own in members.items()}
+    attacks = {
+        target.name: {
+            member.name: member
+            for member in (replace(CLEAN, network_passes=target.networks), *members[target.name])
+        }
+        for target in targets
+    }
     weight = {
-        unit.name: attacks[unit.target][unit.member].forwards * target.num_experts * len(unit.images)
+        unit.name: attacks[unit.target][unit.member].network_passes * len(unit.images)
         for target in targets
         for unit in todo
         if unit.target == target.name
@@ -169,7 +176,7 @@ class Bench:
         kept = trace_places(len(found.losses))
         return {
             "target": [self.target.name] * count,
-            "source": [self.target.name] * count,  # a white-box attack
+            "source": [source_of(self.target, member)] * count,
             "attack": [member.name] * count,
             "settings": [member.about["attack"]] * count,
             "version": [member.version] * count,
@@ -178,7 +185,7 @@ class Bench:
             "seed": [self.setup.seed] * count,
             "forwards": [found.forwards] * count,
             "backwards": [found.backwards] * count,
-            "network_passes": [found.forwards * self.target.num_experts] * count,
+            "network_passes": [round(found.forwards * member.network_passes / member.forwards)] * count,
             "zero_gradients": found.zero_gradients.tolist(),
             "bad_gradients": found.bad_gradients.tolist(),
             "claimed_correct": found.correct.tolist(),
@@ -250,6 +257,12 @@ class Bench:
             "least_margin": rounded(gap.amin(dim=1).tolist()),
             "entropy": rounded(entropy.transpose(0, 1).flatten(1).mean(dim=1).tolist()),
         }
+
+
+def source_of(target: Target, member: Member) -> str:
+    """What an attack was made for: the target, or one of its pathways by itself."""
+    pathway = member.attack.args.get("pathway")
+    return target.name if pathway is None else f"{target.name} path {pathway}"
 
 
 def images_of(scene: Scene, batch: int, setup: Setup) -> list[dict]:

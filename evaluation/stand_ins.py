@@ -3,15 +3,17 @@
 They offer what the protocol of targets asks for and nothing else, so they show it as well.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from functools import cache, partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from attacks.threat import Threat
-from engine.config import Component, component
+from engine.config import Component, component, table_of
 from evaluation.ledger import canonical
 from evaluation.targets import Kind
 
@@ -47,10 +49,11 @@ class SureEnsemble:
 
 
 class SureMixture:
-    """A routed model whose gate can't be told otherwise, either."""
+    """A routed model whose gate can't be told otherwise, either. ran: networks that have run for an image if only
+    those with any weight do."""
 
     def __init__(self, num_experts: int, routing: str):
-        self.num_experts, self.routing = num_experts, routing
+        self.num_experts, self.routing, self.ran = num_experts, routing, 0
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.forward_given(images, self.route(self.gate_logits(images)))
@@ -69,6 +72,7 @@ class SureMixture:
 
     def forward_given(self, images: Tensor, weights: Tensor) -> Tensor:
         weights = weights.reshape(weights.shape[-5:])  # [B, E, K, h, w]
+        self.ran += int((weights[0] != 0).flatten(1).any(dim=1).sum())
         return (Sure()(images)[:, None] * weights).sum(dim=1)
 
     def gate_and_mix(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -84,18 +88,37 @@ STAND_INS: dict[Kind, Callable] = {
 
 
 def count_passes(
-    attack: Component, kind: Kind, num_experts: int, size: tuple[int, int] | None = None
-) -> tuple[int, int]:
-    """(forward, backward) passes per image of an attack on a kind of target, counted by running it."""
-    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size or SIZE)
+    attack: Component,
+    kind: Kind,
+    num_experts: int,
+    size: tuple[int, int] | None = None,
+    conditional: bool = False,
+) -> tuple[int, int, int]:
+    """(forward passes, backward passes, passes of networks) per image of an attack on a kind of target, counted by
+    running it; of an attack that says itself what it takes at most (`passes_at_most`), that. conditional: as in
+    Target."""
+    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size or SIZE, conditional)
 
 
 @cache
-def _count(table: str, attack: str, kind: Kind, num_experts: int, size: tuple[int, int]) -> tuple[int, int]:
+def _count(
+    table: str, attack: str, kind: Kind, num_experts: int, size: tuple[int, int], conditional: bool
+) -> tuple[int, int, int]:
     plain = json.loads(attack)
     built = component(table, plain.pop("name"), **plain)
+    told = getattr(module_of(built), "passes_at_most", None)
+    if told is not None:
+        forwards, backwards = told(**built.args)
+        return forwards, backwards, forwards * (1 if conditional else num_experts)
     threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(CLASSES))
     images = torch.full((1, 3, *size), 0.5)
     labels = (torch.arange(size[0]) % CLASSES)[None, :, None].expand(1, *size)
-    found = built.build(STAND_INS[kind](num_experts), images, labels, threat)
-    return found.forwards, found.backwards
+    model = STAND_INS[kind](num_experts)
+    found = built.build(model, images, labels, threat)
+    networks = model.ran if conditional else found.forwards * num_experts
+    return found.forwards, found.backwards, networks
+
+
+def module_of(attack: Component) -> ModuleType:
+    """The module that an attack of a table is in."""
+    return importlib.import_module(table_of(attack.table)[attack.name].split(":")[0])

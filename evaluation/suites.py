@@ -6,16 +6,15 @@ as they have: a mixture's pass runs E networks, in the common members too.
 """
 
 import hashlib
-import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine.config import Component, UserError, component, table_of
+from engine.config import Component, UserError, component
 from evaluation.formats import aligned, number
-from evaluation.stand_ins import count_passes
+from evaluation.stand_ins import count_passes, module_of
 from evaluation.targets import Kind
 
 TABLE = "attacks:ATTACKS"
@@ -81,13 +80,15 @@ SUITES = ("none", *COMMON)
 @dataclass(frozen=True)
 class Member:
     """An attack of a suite and what it costs an image at one eps, at most: it may end sooner where no pixel is
-    left. forwards: passes; backwards: those of them that go back to the image as well."""
+    left. forwards: passes; backwards: those of them that go back to the image as well; network_passes: networks that
+    run in all of them together."""
 
     name: str
     attack: Component
     column: Literal["common", "adaptive"]
     forwards: int
     backwards: int
+    network_passes: int
 
     @property
     def passes(self) -> int:
@@ -97,8 +98,7 @@ class Member:
     @property
     def version(self) -> int:
         """VERSION of the attack's module: raised when the attack does something else; 1 where it has none."""
-        module = table_of(TABLE)[self.attack.name].split(":")[0]
-        return getattr(importlib.import_module(module), "VERSION", 1)
+        return getattr(module_of(self.attack), "VERSION", 1)
 
     @property
     def about(self) -> dict:
@@ -112,6 +112,7 @@ class Member:
             "version": self.version,
             "forwards": self.forwards,
             "backwards": self.backwards,
+            "network_passes": self.network_passes,
         }
 
 
@@ -182,14 +183,15 @@ def member(
     kind: Kind,
     num_experts: int,
     size: tuple[int, int] | None = None,
+    conditional: bool = False,
 ) -> Member:
     """A member with its cost, which is counted by running it on a stand-in; size of its image, where that matters."""
     if not isinstance(attack, Component):
         attack = component(TABLE, attack["name"], **{key: attack[key] for key in attack if key != "name"})
-    return Member(name, attack, column, *count_passes(attack, kind, num_experts, size))
+    return Member(name, attack, column, *count_passes(attack, kind, num_experts, size, conditional))
 
 
-CLEAN = Member("clean", component(TABLE, "clean"), "common", 1, 0)
+CLEAN = Member("clean", component(TABLE, "clean"), "common", 1, 0, 1)
 
 # columns of the printed tables: title, kind, networks, parity
 SHOWN = (
@@ -203,7 +205,11 @@ SHOWN = (
 
 def describe(suite: str) -> list[str]:
     """A table of the suite's members: what each does and how many passes it takes of each kind of target."""
-    kinds = {title: members(suite, kind, experts, parity) for title, kind, experts, parity in SHOWN}
+    return table({title: members(suite, kind, experts, parity) for title, kind, experts, parity in SHOWN})
+
+
+def table(kinds: Mapping[str, Sequence[Member]]) -> list[str]:
+    """Lines of a table of the members of several kinds of targets."""
     rows = dict.fromkeys((one.name, one.column, effort(one)) for own in kinds.values() for one in own)
     lines = [["member", "column", "steps x restarts", *kinds]]
     for row in rows:
@@ -212,7 +218,6 @@ def describe(suite: str) -> list[str]:
             for own in kinds.values()
         ]
         lines.append([*row, *(number(found[0]) if found else "-" for found in passes)])
-    networks = [experts for _, _, experts, _ in SHOWN]
     for column in ("common", "adaptive"):
         sums = [sum(one.passes for one in own if one.column == column) for own in kinds.values()]
         lines.append([f"passes, {column}", "", "", *map(number, sums)])
@@ -220,8 +225,8 @@ def describe(suite: str) -> list[str]:
     lines.append(["passes", "", "", *map(number, whole)])
     backwards = [sum(one.backwards for one in own) for own in kinds.values()]
     lines.append(["of these with a backward pass", "", "", *map(number, backwards)])
-    sums = [count * times for count, times in zip(whole, networks, strict=True)]
-    lines.append(["network passes", "", "", *map(number, sums)])
+    networks = [sum(one.network_passes for one in own) for own in kinds.values()]
+    lines.append(["network passes", "", "", *map(number, networks)])
     return aligned(lines, left=3)
 
 
@@ -239,6 +244,14 @@ def main() -> int:
     )
     for suite in COMMON:
         print("\n".join(["", suite, "", *describe(suite)]))
+    from evaluation.classifier_suites import shown
+
+    print(
+        "\nClassifiers: a pass of a mixture with a hard router runs the one pathway that an image takes; attacks on\n"
+        "pathways run further ones, as the network passes count. E 2, E 5: mixtures of so many pathways."
+    )
+    for suite, kinds in shown().items():
+        print("\n".join(["", f"{suite} (classifiers)", "", *table(kinds)]))
     return 0
 
 

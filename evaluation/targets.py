@@ -20,12 +20,13 @@ ROUTED = ("soft", "hard")
 
 @dataclass(frozen=True)
 class Target:
-    """A network under attack: `model(images [B, 3, H, W] in [0, 1]) -> logits [B, K, H, W]`.
+    """A network under attack: `model(images [B, C, H, W] in [0, 1]) -> logits [B, K, *S]`, S = (H, W) or empty.
 
-    kind: what it offers beside that, as `kind_of` tells. num_experts: networks that run in one of its passes.
+    kind: what it offers beside that, as `kind_of` tells. num_experts: networks that it joins.
     fingerprint: what identifies it, plain values; other values are another target. role: kind of its row in the
     tables. class_pixels: labelled pixels of each class in its training split, the weights of class-balanced
-    losses (None: of the data set that it is evaluated on).
+    losses (None: of the data set that it is evaluated on). conditional: a pass runs only the experts that its weights
+    name, not all of them.
     """
 
     name: str
@@ -35,6 +36,12 @@ class Target:
     fingerprint: dict = field(default_factory=dict)
     role: str = "model"
     class_pixels: tuple[int, ...] | None = None
+    conditional: bool = False
+
+    @property
+    def networks(self) -> int:
+        """That run in a plain pass, at most."""
+        return 1 if self.conditional and self.kind == "hard" else self.num_experts
 
     @property
     def identity(self) -> dict:
@@ -44,6 +51,7 @@ class Target:
             **self.fingerprint,
             "kind": self.kind,
             "num_experts": self.num_experts,
+            "networks": self.networks,
             "class_pixels": weights,
         }
 
@@ -60,7 +68,8 @@ def target_of(
     kind = kind_of(model)
     pixels = None if class_pixels is None else tuple(int(count) for count in class_pixels)
     fingerprint = {**about, **fingerprint_of(model)}
-    return Target(name, kind, model, experts_of(model, kind), fingerprint, role, pixels)
+    conditional = bool(getattr(model, "conditional", False))
+    return Target(name, kind, model, experts_of(model, kind), fingerprint, role, pixels, conditional)
 
 
 def kind_of(model: Callable) -> Kind:
@@ -75,7 +84,7 @@ def kind_of(model: Callable) -> Kind:
 
 
 def experts_of(model: Callable, kind: Kind) -> int:
-    """Networks that run in a pass. UserError where a routed model or an ensemble doesn't tell."""
+    """Networks that it joins. UserError where a routed model or an ensemble doesn't tell."""
     if kind == "single":
         return 1
     for count in (

@@ -226,7 +226,7 @@ def test_an_attack_that_moves_at_eps_0_is_named(monkeypatch):
     (fine,) = checks.identity_at_zero(target(network()), IMAGES, LABELS, THREAT, suite)
     assert fine.severity == "ok" and fine.text.startswith("3 attacks")
     monkeypatch.setattr("attacks.clean.clean", leaking)
-    bad = Member("leaking", component("attacks:ATTACKS", "clean"), "common", 1, 0)
+    bad = Member("leaking", component("attacks:ATTACKS", "clean"), "common", 1, 0, 1)
     (finding,) = checks.identity_at_zero(target(network()), IMAGES, LABELS, THREAT, [*suite, bad])
     assert finding.severity == "flag" and finding.attack == "leaking"
 
