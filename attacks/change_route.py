@@ -37,5 +37,13 @@ def change_route(
 
     with torch.no_grad():
         decision = router(images).argmax(dim=1)
-    found = apgd(router, images, decision, replace(threat, ignore_index=None), loss="margin", steps=steps, restarts=restarts)
+    found = apgd(
+        router,
+        images,
+        decision,
+        replace(threat, ignore_index=None),
+        loss="margin",
+        steps=steps,
+        restarts=restarts,
+    )
     return replace(found, forwards=found.forwards + 1)

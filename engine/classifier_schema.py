@@ -1,14 +1,14 @@
 """The config of a classifier: an image set, a CNN, and how it is trained and attacked."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PlainValidator
 
 from engine.components import Component, Named
-from engine.errors import Mistake
-from engine.schema import BasicTrain, Optimizer, Schedule
+from engine.errors import Mistake, Mistakes, wrong
+from engine.schema import Attack, BasicTrain, Optimizer, Schedule, each_once
 from engine.sections import ComponentSection, Config, Section
-from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
+from engine.values import Bool, Int, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
 from engine.yaml_source import expand
 
 Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
@@ -95,6 +95,84 @@ class ClassifierTrain(BasicTrain):
         return mistakes
 
 
+def _count(value: Any) -> str | int:
+    if value == "all" or (type(value) is int and value > 0):
+        return value
+    raise Mistakes(wrong(value, "all, or a whole number above 0"))
+
+
+class ClassifierEvaluate(Section):
+    """What is measured of classifiers, on which images, and how they are attacked."""
+
+    split: Literal["val", "test"] = Field("test", description="split to evaluate on")
+    batch_size: PositiveInt = Field(256, description="images in a batch of the clean pass")
+    images_seed: NonNegativeInt = Field(
+        0, description="seed of the order from which the images to attack are taken, the first ones of it"
+    )
+    attack_images: Annotated[str | int, PlainValidator(_count)] = Field(
+        1000, description="images to attack: all, or a number"
+    )
+    suite: Literal["none", "quick", "standard"] = Field(
+        "none", description="attacks on every network; what they are and cost: python -m evaluation.suites"
+    )
+    eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
+        [8 / 255], description="largest changes that attacks may make, for pixels in [0, 1], such as [8/255]"
+    )
+    norm: Literal["linf", "l2"] = Field(
+        "linf", description="eps bounds each value (linf), or the length (l2)"
+    )
+    attacks: list[Attack] = Field([], description="further attacks, beside those of the suite")
+    attack_rows: list[Text] | None = Field(None, description="rows to attack; null: all models")
+    attack_batch_size: PositiveInt = Field(100, description="images attacked together: part of the result")
+    attack_seed: Int = Field(0, description="seed of random starts")
+    attack_checks: Bool = Field(
+        True,
+        description="check the attacked networks on two images: gradients, batches, an implanted weakness",
+    )
+    pathways: Bool = Field(
+        True, description="attack every pathway of a mixture as a network by itself, too: rows of their own"
+    )
+    autoattack: NonNegativeInt = Field(
+        0,
+        description="images for AutoAttack standard at the largest eps, the first ones of those attacked; 0: none",
+    )
+    autoattack_batch_size: PositiveInt = Field(
+        25,
+        description="images that AutoAttack takes together: part of the result, and done whole or not at all",
+    )
+
+
+GUESTS = "networks:GUEST_CLASSIFIERS"
+
+
+def _run_or_guest(value: Any) -> str | Component:
+    if isinstance(value, str) and value:
+        return value
+    if not isinstance(value, dict | Component):
+        told = "a run folder, a checkpoint file, or a network such as {name: external, file: FILE}"
+        raise Mistakes(wrong(value, told))
+    return Named(GUESTS).validate(value)
+
+
+class ClassifierEvaluation(Config):
+    """Any number of trained classifiers, evaluated together on the same images."""
+
+    name: Name = Field(description="name of the evaluation; its folder is OUTPUT/NAME")
+    output: Text = Field("runs", description="folder of the run folders")
+    data: ImageData = Field(description="image set")
+    models: dict[Name, Annotated[str | Component, PlainValidator(_run_or_guest)]] = Field(
+        description="row -> run folder, checkpoint file, or a network section such as "
+        "{name: external, file: my_net.py} that brings its own weights"
+    )
+    evaluate: ClassifierEvaluate = Field(default_factory=ClassifierEvaluate, description="evaluation")
+
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        if "models" in data and not data["models"]:
+            return [Mistake(("models",), "nothing to evaluate: name a run, such as {advmoe: runs/advmoe}")]
+        return []
+
+
 class Classification(Config):
     """One classifier: dense, slim, or a mixture of pathways."""
 
@@ -103,6 +181,7 @@ class Classification(Config):
     data: ImageData = Field(description="image set")
     network: Classifier = Field(description="network with its arguments")
     train: ClassifierTrain = Field(description="training")
+    evaluate: ClassifierEvaluate = Field(default_factory=ClassifierEvaluate, description="evaluation")
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:

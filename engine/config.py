@@ -8,7 +8,14 @@ from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from engine.classifier_schema import Classification, ClassifierTrain, ImageData, RouterTraining
+from engine.classifier_schema import (
+    Classification,
+    ClassifierEvaluate,
+    ClassifierEvaluation,
+    ClassifierTrain,
+    ImageData,
+    RouterTraining,
+)
 from engine.components import Component, Named, component, listing, mistakes_of, signature_of, table_of
 from engine.errors import ConfigError, Interrupted, Mistake, UserError
 from engine.merge import MergeRules, override, read
@@ -33,6 +40,8 @@ __all__ = [
     "Adversarial",
     "Augment",
     "Classification",
+    "ClassifierEvaluate",
+    "ClassifierEvaluation",
     "ClassifierTrain",
     "Component",
     "Config",
@@ -70,6 +79,7 @@ KINDS: dict[str, type[Config]] = {
     "evaluation": Evaluation,
     "pipeline": Pipeline,
     "classification": Classification,
+    "classifier_evaluation": ClassifierEvaluation,
 }
 
 
@@ -117,6 +127,8 @@ def _kind(plain: dict) -> str:
         return "pipeline"
     if isinstance(plain.get("train"), dict) and "method" in plain["train"]:
         return "classification"
+    if "models" in plain:
+        return "classifier_evaluation"
     if {"baselines", "ensembles"} & set(plain):
         return "evaluation"
     gates = plain.get("gates")  # trained ones, or null: run folders; to be trained: a section each
@@ -169,6 +181,6 @@ def _all_component_paths(*sections: type[Section]) -> dict[tuple, tuple[str, fro
 RULES = MergeRules(
     components=_all_component_paths(Run, Classification),
     # These name runs as a list would: a file that names its own experts does not want its base's as well.
-    replaced=(("experts",), ("baselines",), ("gates",)),
+    replaced=(("experts",), ("baselines",), ("gates",), ("models",)),
     dotted=(("set",), ("stages", "*", "set")),
 )

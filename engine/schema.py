@@ -261,7 +261,7 @@ def _images(value: Any) -> str | int:
     raise Mistakes(wrong(value, "all, blocks, or a whole number above 0"))
 
 
-def _each_once(values: list[float]) -> list[float]:
+def each_once(values: list[float]) -> list[float]:
     if not values or len(set(values)) < len(values):
         raise Mistakes(wrong(values, "at least one eps, each only once"))
     return values
@@ -326,7 +326,7 @@ class Evaluate(Section):
         description="attacks on every network, about 60, 400 and 1100 passes per image and eps; what they are: "
         "python -m evaluation.suites",
     )
-    eps: Annotated[list[Positive], AfterValidator(_each_once)] = Field(
+    eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
         [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255],
         description="largest changes that attacks may make, for pixels in [0, 1], such as [0.5/255, 1/255]",
     )

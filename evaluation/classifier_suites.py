@@ -64,12 +64,15 @@ def classifier_members(
     if suite not in NAMES:
         raise UserError(f"suite: {suite!r} is unknown; allowed: {', '.join(NAMES)}")
     if kind == "ensemble":
-        raise UserError("suite: ensembles of classifiers have no members here; attack their networks one by one")
+        raise UserError(
+            "suite: ensembles of classifiers have no members here; attack their networks one by one"
+        )
     if suite == "none":
         return []
     own = SUITES[suite]
     common = [
-        member(name, one, "common", kind, num_experts, conditional=conditional) for name, one in own.common.items()
+        member(name, one, "common", kind, num_experts, conditional=conditional)
+        for name, one in own.common.items()
     ]
     if kind == "single":
         once = [member(name, one, "adaptive", kind, 1) for name, one in own.single.items()]
@@ -77,10 +80,12 @@ def classifier_members(
         found = {name: {**one, "restarts": restarts} for name, one in own.single.items()}
         return common + [member(name, one, "adaptive", kind, 1) for name, one in found.items()]
     routed = {
-        name: {"name": name, "steps": own.steps * runs_of(runs, num_experts)} for name, runs in own.routed.items()
+        name: {"name": name, "steps": own.steps * runs_of(runs, num_experts)}
+        for name, runs in own.routed.items()
     }
     return common + [
-        member(name, one, "adaptive", kind, num_experts, conditional=conditional) for name, one in routed.items()
+        member(name, one, "adaptive", kind, num_experts, conditional=conditional)
+        for name, one in routed.items()
     ]
 
 

@@ -17,7 +17,8 @@ from evaluation.targets import Target
 
 @dataclass(frozen=True)
 class Scene:
-    """A fixed batch of B images: float32 [B, C, H, W] in [0, 1], labels int64 [B, *S], and of each image its name and the block of neighbours that the bootstrap draws as one."""
+    """A fixed batch of B images: float32 [B, C, H, W] in [0, 1], labels int64 [B, *S], and of each image its name and
+    the block of neighbours that the bootstrap draws as one."""
 
     images: Tensor
     labels: Tensor

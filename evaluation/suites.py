@@ -149,6 +149,7 @@ def extra_members(
     num_experts: int,
     size: tuple[int, int],
     taken: Sequence[Member] = (),
+    conditional: bool = False,
 ) -> list[Member]:
     """Attacks of a config as further members, the same for every target; `clean` is there anyway. A second one of
     a name has its settings in it. size: (height, width) of the images."""
@@ -162,7 +163,7 @@ def extra_members(
             raise UserError(f"evaluate.attacks: {name} stands there twice")
         names.append(name)
         whole = size if "file" in attack.args else None  # made for images of one size
-        found.append(member(name, attack, "common", kind, num_experts, whole))
+        found.append(member(name, attack, "common", kind, num_experts, whole, conditional))
     return found
 
 

@@ -12,6 +12,10 @@ CLASSIFIERS = {
     "cnn_moe": "networks.cnn_moe.model:CNNMoE",
 }
 
+GUEST_CLASSIFIERS = {  # which bring their own weights
+    "external": "networks.external:ExternalClassifier",
+}
+
 GATES = {
     "simple": "networks.gates:SimpleGate",
     "classwise": "networks.gates:ClasswiseGate",

@@ -56,6 +56,8 @@ class External(nn.Module):
     Raises UserError for a file or function that is missing or fails, and, when it runs, for what are no logits.
     """
 
+    sites = ("h", "w")  # of a logit
+
     def __init__(
         self,
         num_classes: int,
@@ -100,15 +102,59 @@ class External(nn.Module):
         return logits, features
 
     def refuse_other_than_logits(self, logits: Any, images: int) -> None:
-        expected = f"logits [{images}, {self.num_classes}, h, w] in floating point"
+        sites = "".join(f", {site}" for site in self.sites)
+        expected = f"logits [{images}, {self.num_classes}{sites}] in floating point"
         if not isinstance(logits, torch.Tensor):
             raise UserError(
                 f"network.file: {self.source} gave a {type(logits).__name__}, expected {expected}"
             )
         shape = tuple(logits.shape)
-        if len(shape) != 4 or shape[:2] != (images, self.num_classes) or not logits.is_floating_point():
+        if (
+            len(shape) != 2 + len(self.sites)
+            or shape[:2] != (images, self.num_classes)
+            or not logits.is_floating_point()
+        ):
             kind = str(logits.dtype).removeprefix("torch.")
             raise UserError(f"network.file: {self.source} gave {list(shape)} {kind}, expected {expected}")
+
+
+class ExternalClassifier(External):
+    """A classifier of your own: FUNCTION of FILE returns any callable from images [B, C, H, W] in [0, 1] to logits
+    [B, classes]; the rest as in `External`.
+
+    Args:
+        num_classes: number of classes.
+        file: Python file; it may import files beside it.
+        function: function of the file that returns the network; it is given num_classes if it has a parameter
+            of that name.
+        args: further arguments for the function, by name.
+        mean: of a normalisation in front of the network, in units of [0, 1]; null: images stay as they are.
+        std: like mean.
+        sha256: of the file; any other file is refused. null: whatever the file holds.
+    """
+
+    sites = ()
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        file: str,
+        function: str = "build",
+        args: dict | None = None,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+        sha256: str | None = None,
+    ):
+        super().__init__(
+            num_classes, file=file, function=function, args=args, mean=mean, std=std, sha256=sha256
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W] in [0, 1] -> logits [B, num_classes]."""
+        logits = self.network(self.normalize(images) if self.changes_images else images)
+        self.refuse_other_than_logits(logits, len(images))
+        return logits
 
 
 def sha256_of(file: Path, expected: str | None) -> str:

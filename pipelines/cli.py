@@ -7,7 +7,17 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from engine.config import Classification, Config, Evaluation, Interrupted, Pipeline, Run, UserError, load
+from engine.config import (
+    Classification,
+    ClassifierEvaluation,
+    Config,
+    Evaluation,
+    Interrupted,
+    Pipeline,
+    Run,
+    UserError,
+    load,
+)
 
 # The networks that a family's train and evaluate scripts take; those of other makers go with the first.
 FAMILIES = {"deeplab": ("deeplabv3plus", "smp", "external"), "frrn": ("frrn",)}
@@ -18,8 +28,11 @@ COMMANDS = {
     "evaluate": "pipelines.evaluation:evaluate",
     "pipeline": "pipelines.stages:run",
     "train_cnn_moe": "pipelines.classification:train",
+    "evaluate_cnn_moe": "pipelines.classifier_evaluation:evaluate",
 }
-SCRIPTS = {"pipeline": "run_pipeline.py", "train_cnn_moe": "train_cnn_moe.py"}  # those of no family
+SCRIPTS = {  # those of no family
+    "pipeline": "run_pipeline.py", "train_cnn_moe": "train_cnn_moe.py", "evaluate_cnn_moe": "evaluate_cnn_moe.py",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,9 @@ def _fitting(config: Config, family: str | None) -> tuple[tuple[str, ...], str]:
     if isinstance(config, Pipeline):
         return ("pipeline",), "this is a pipeline of stages"
     if isinstance(config, Classification):
-        return ("train_cnn_moe",), "this is a classifier"
+        return ("train_cnn_moe", "evaluate_cnn_moe"), "this is a classifier"
+    if isinstance(config, ClassifierEvaluation):
+        return ("evaluate_cnn_moe",), "this evaluates trained classifiers, there is nothing to train"
     if isinstance(config, Evaluation):
         return ("evaluate",), "this evaluates finished runs, there is nothing to train"
     if config.ensemble:

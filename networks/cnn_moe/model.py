@@ -121,6 +121,12 @@ class CNNMoE(nn.Module):
         self.body = build_body(arch, num_classes, ratio, num_experts, stem)
         self.router = Router(num_experts, self.body.set_granularity(granularity), router_width)
 
+    conditional = True  # a pass runs the pathways that its weights name, no others
+
+    @property
+    def granularity(self) -> Granularity:
+        return self.body.granularity
+
     @property
     def routing(self) -> Literal["soft", "hard"]:
         return "hard" if self.top_k == 1 else "soft"

@@ -413,7 +413,7 @@ def test_the_walk_over_sections_finds_them_all():
     assert set(SECTIONS) == {
         "Run", "Evaluation", "Pipeline", "Stage", "Data", "Augment", "Gate", "SharedEncoder", "Cache",
         "Train", "Adversarial", "Evaluate", "Corruptions", "Classification", "ImageData", "ClassifierTrain",
-        "RouterTraining",
+        "RouterTraining", "ClassifierEvaluate", "ClassifierEvaluation",
     }  # fmt: skip
 
 

@@ -1,0 +1,475 @@
+"""Tables of classifiers: clean accuracy and routing, what attacks leave, AutoAttack beside our own suite."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from engine.runs import atomic_write
+from evaluation.beside import read_beside
+from evaluation.classifiers import Answers, accuracies, balance, labels_by_expert, load_answers, loads
+from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows
+from evaluation.formats import csv_text, in_brackets, markdown_table, percent, points
+from evaluation.image_results import ON_EXPERTS, ON_ROUTER, ImageResults
+from evaluation.ledger import read_manifest, read_seconds, read_units
+from evaluation.plan import units_of
+from evaluation.record_checks import check_manifest
+from evaluation.results import FLOOR
+from evaluation.robust_results import COLUMNS
+from evaluation.robust_tables import eps_text
+from evaluation.statistics import Estimate, clopper_pearson
+from evaluation.suites import CLEAN
+from evaluation.tables import RESULT_COLUMNS
+from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
+
+AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
+TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
+
+
+@dataclass(frozen=True)
+class About:
+    """What stands beside a model's accuracy. kind: its network. gmacs: of a pass; rise: how much the validation's
+    robust accuracy rose over the last fifth of training (None: not known)."""
+
+    kind: str
+    parameters: int
+    active: int
+    gmacs: float
+    pathway: float
+    router: float
+    method: str = ""
+    rise: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """Answers of every model to all images of a split."""
+
+    names: np.ndarray
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    answers: dict[str, Answers]
+    split: str
+
+
+def read_clean(folder: str | Path, classes: Sequence[str], split: str) -> Clean:
+    names, labels, found = load_answers(Path(folder) / "per_image.npz")
+    return Clean(names, labels, tuple(classes), found, split)
+
+
+def share(counted: np.ndarray, right: np.ndarray) -> tuple[float, float, float, int]:
+    """(accuracy, exact interval, images) of the images that count; NaN without any."""
+    images, hits = int(counted.sum()), int((right & counted).sum())
+    if not images:
+        return math.nan, math.nan, math.nan, 0
+    return (hits / images, *clopper_pearson(hits, images), images)
+
+
+def told(counted: np.ndarray, right: np.ndarray) -> str:
+    """In percent with its interval."""
+    value, low, high, images = share(counted, right)
+    return percent(value) + in_brackets(low, high) if images else "-"
+
+
+def all_told(right: np.ndarray | None) -> str:
+    return "-" if right is None else told(np.ones_like(right), right)
+
+
+# Clean
+
+
+def clean_rows(clean: Clean, about: Mapping[str, About]) -> list[dict]:
+    """One row per figure in the columns of results.csv."""
+    rows = []
+    for model, own in clean.answers.items():
+        base = {"model": model, "kind": about[model].kind, "subset": clean.split}
+        for metric, (counted, right) in accuracies(own, clean.labels, len(clean.classes)).items():
+            value, low, high, images = share(counted, right)
+            figure = {"metric": metric, "value": value, "ci_low": low, "ci_high": high}
+            rows.append({**base, **figure, "units": images, "n_images": images})
+        if own.alone is not None:
+            many = {"units": len(clean.labels), "n_images": len(clean.labels)}
+            for expert, load in enumerate(loads(own)):
+                rows.append({**base, **many, "metric": f"load_{expert}", "value": float(load)})
+            rows.append({**base, **many, "metric": "effective_experts", "value": balance(own)})
+    labels = np.bincount(clean.labels, minlength=len(clean.classes))
+    floor = {"model": FLOOR, "kind": "floor", "subset": clean.split, "metric": "top1"}
+    return [*rows, {**floor, "value": float(labels.max() / labels.sum()), "n_images": len(clean.labels)}]
+
+
+def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> str:
+    """Everything that a reader needs of the clean images, in percent."""
+    count = len(clean.labels)
+    lines = [
+        "# Classifiers",
+        "",
+        f"- {dataset}, {count} {clean.split} images, {len(clean.classes)} classes; top-1 in percent with its exact "
+        "95 % interval (Clopper-Pearson).",
+        "- GMACs per image: what runs for it, router included. Parameters: all, and those that an image meets.",
+        "- rise: how much the robust accuracy of the validation images rose over the last fifth of training; where it "
+        "is 0.5 points or more, training had not ended, and nothing is ranked.",
+        "",
+    ]
+    titles = ["model", "network", "method", "top-1", "top-5", "GMACs", "parameters", "active", "rise"]
+    cells = []
+    for model, own in clean.answers.items():
+        figures, one = accuracies(own, clean.labels, len(clean.classes)), about[model]
+        cells.append([
+            model, one.kind, one.method or "-", told(*figures["top1"]),
+            told(*figures["top5"]) if "top5" in figures else "-", f"{one.gmacs:.4f}", f"{one.parameters:,}",
+            f"{one.active:,}", "-" if one.rise is None else points(one.rise),
+        ])  # fmt: skip
+    lines += markdown_table(titles, cells, left=3)
+    routed = {model: own for model, own in clean.answers.items() if own.alone is not None}
+    if routed:
+        lines += ["", "## Routing", "", *routing_lines(clean, routed)]
+    for model, own in routed.items():
+        lines += ["", f"## {model}: images of each label that take each expert", ""]
+        table = labels_by_expert(own, clean.labels, len(clean.classes))
+        shown = [
+            [name, *map(str, row)]
+            for name, row in zip(clean.classes, table.tolist(), strict=True)
+            if sum(row)
+        ]
+        lines += markdown_table(["label", *(f"expert {one}" for one in range(table.shape[1]))], shown, left=1)
+    return "\n".join(lines) + "\n"
+
+
+def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
+    """Loads, accuracy by route, and what other routers would have."""
+    most = max(own.alone.shape[1] for own in routed.values())
+    titles = ["model", "effective experts"]
+    for expert in range(most):
+        titles += [f"{expert}: load", "top-1 of its images", "of all on it"]
+    titles += ["random route", "worst route", "own", "oracle route"]
+    cells = []
+    for model, own in routed.items():
+        figures = accuracies(own, clean.labels, len(clean.classes))
+        line = [model, f"{balance(own):.2f}"]
+        for expert in range(most):
+            if expert >= own.alone.shape[1]:
+                line += ["-"] * 3
+                continue
+            route, constant = (share(*figures[f"{name}_{expert}"])[0] for name in ("route", "constant"))
+            line += [percent(float(loads(own)[expert])), percent(route), percent(constant)]
+        line += [
+            percent(share(*figures[name])[0])
+            for name in ("random_route", "worst_route", "top1", "oracle_route")
+        ]
+        cells.append(line)
+    return [
+        "load: share of images and sites. Oracle and worst route: images that some, or that all, of the constant "
+        "routes have right; no router that sends an image one way can be outside of these.",
+        "",
+        *markdown_table(titles, cells, left=1),
+    ]
+
+
+# Under attack
+
+
+def load_images(ledger: str | Path) -> ImageResults:
+    """What a complete ledger says. UserError where there is none."""
+    return ImageResults(read_manifest(ledger), read_units(ledger))
+
+
+def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, tuple[str, np.ndarray]]:
+    """Every figure of a model at an eps: metric and attack by the name of its column, and who is right [N]."""
+    found = {f"worst of {column}": ("top1", results.worst(model, eps, column)) for column in COLUMNS}
+    if model in results.mixtures:
+        for metric, attacks in (("top1_attack_on_router", ON_ROUTER), ("top1_attack_on_experts", ON_EXPERTS)):
+            right = results.aimed_at(model, eps, attacks)
+            if right is not None:
+                found[metric] = (metric, right)
+        found["route_stability"] = ("route_stability", results.stable(model, eps))
+        paths = results.all_paths(model, eps)
+        if paths is not None:
+            found["all_paths_empirical"] = ("all_paths_empirical", paths)
+    return found
+
+
+def robust_rows(results: ImageResults) -> list[dict]:
+    """One row per figure in the columns of results.csv: clean, each attack, worst cases, what aims at router or
+    experts, all paths, and paired differences between models."""
+    base = {
+        "subset": results.manifest["subset"], "suite": results.manifest["suite"], "n_images": len(results.images),
+        "units": len(results.images),
+    }  # fmt: skip
+    rows = []
+    every = np.ones(len(results.images), dtype=bool)
+
+    def add(model: str, attack: str, eps: float, metric: str, right: np.ndarray, **more) -> None:
+        value, low, high, _ = share(every, right)
+        own = {
+            "model": model,
+            "kind": results.targets[model]["role"],
+            "attack": attack,
+            "eps": eps,
+            "metric": metric,
+        }
+        rows.append({**base, **own, "value": value, "ci_low": low, "ci_high": high, **more})
+
+    for model in results.targets:
+        add(model, CLEAN.name, 0.0, "top1", results.clean(model))
+        for eps in results.ladder:
+            for member in results.members(model):
+                passes = results.passes(model, eps, [member])
+                right = results.under(model, eps, [member])
+                add(model, member, eps, "top1", right, passes_per_image=passes)
+                if is_on_path(results, model, member):
+                    own = results.claimed(model, eps, member)
+                    add(model, member, eps, "top1_of_pathway", own, passes_per_image=passes)
+            for name, (metric, right) in figures_of(results, model, eps).items():
+                column = name.rpartition(" ")[2]
+                passes = results.passes(
+                    model, eps, results.members(model, column if column in COLUMNS else "adaptive")
+                )
+                add(
+                    model,
+                    name if metric == "top1" else "worst of adaptive",
+                    eps,
+                    metric,
+                    right,
+                    passes_per_image=passes,
+                )
+    rows.append({**base, "model": FLOOR, "kind": "floor", "metric": "top1", "value": results.floor()})
+    for eps in results.ladder:
+        for (first, second), found in differences(results, eps).items():
+            low, high = found.interval()
+            own = {
+                "model": f"{first} - {second}",
+                "kind": "difference",
+                "attack": "worst of adaptive",
+                "eps": eps,
+            }
+            rows.append(
+                {**base, **own, "metric": "top1", "value": found.value, "ci_low": low, "ci_high": high}
+            )
+    return rows
+
+
+def is_on_path(results: ImageResults, model: str, member: str) -> bool:
+    """Whether an attack was made for one pathway of the model."""
+    return results.targets[model] and _attack(results, model, member).get("pathway") is not None
+
+
+def _attack(results: ImageResults, model: str, member: str) -> Mapping:
+    return next(one["attack"] for one in results.targets[model]["members"] if one["name"] == member)
+
+
+def differences(results: ImageResults, eps: float) -> dict[tuple[str, str], Estimate]:
+    """(first, second) of all pairs of models -> adaptive worst case of the first minus that of the second, paired."""
+    worst = {model: results.estimate(results.worst(model, eps, "adaptive")) for model in results.whole}
+    return {(first, second): worst[first] - worst[second] for first, second in combinations(worst, 2)}
+
+
+def robust_markdown(results: ImageResults | None, auto: ImageResults | None, findings: Sequence) -> str:
+    """Everything that a reader needs of the attacked images, in percent. Flags among the findings are marked."""
+    flags, lines = Flags(findings), ["# Robustness", ""]
+    if results is not None:
+        lines += [f"- {line}" for line in header_lines(results)]
+        for eps in results.ladder:
+            lines += ["", f"## eps {eps_text(eps)}: worst case, top-1", "", *worst_table(results, eps, flags)]
+            pairs = differences(results, eps)
+            if pairs:
+                lines += [
+                    "",
+                    "Paired differences of adaptive worst cases, in points, 95 % bootstrap over images:",
+                    "",
+                ]
+                lines += [
+                    f"- {first} - {second}: {points(found.value)}{in_brackets(*found.interval())}"
+                    for (first, second), found in pairs.items()
+                ]
+        for eps in results.ladder:
+            lines += ["", f"## eps {eps_text(eps)}: single attacks, top-1", "", *single_table(results, eps)]
+    if auto is not None:
+        lines += ["", "## AutoAttack", "", *auto_lines(results, auto)]
+    if findings:
+        lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(findings))]
+    return "\n".join(lines) + "\n"
+
+
+def header_lines(results: ImageResults) -> list[str]:
+    """What has to be told beside the figures."""
+    protocol, manifest = results.protocol, results.manifest
+    about = ", ".join(
+        f"{key.replace('_', ' ')} {value if not isinstance(value, list) else ' x '.join(map(str, value))}"
+        for key, value in protocol.items()
+        if key not in ("classes", "ignore_index") and value != "none"
+    )
+    return [
+        f"Suite {manifest['suite']} on {len(results.images)} images of {manifest['subset']}; {about}.",
+        "Figures are shares of these images in percent with their exact 95 % interval (Clopper-Pearson).",
+        "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that know "
+        "the router, or (plain networks) as many restarts. Both hold for the attacks that were run, and for no others.",
+        "all paths: images that every pathway by itself withstands attacks on, empirical, no proof. on the router, on "
+        "the experts: the whole model under attacks that aim at the router alone, or at the pathway of the clean image "
+        "alone. stable: images of which no attack changed a route.",
+        f"A figure marked * is within its interval of the floor ({FLOOR}, {percent(results.floor())}): there nothing "
+        "can be compared. A model marked !1 has a flag raised against its figures: see Checks.",
+    ]
+
+
+def worst_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
+    titles = ["model", "network", "passes", "clean", "common", "adaptive", "all paths", "on the router",
+              "on the experts", "stable"]  # fmt: skip
+    floor, cells = results.floor(), []
+    for model in results.targets:
+        found = figures_of(results, model, eps)
+        passes = [results.passes(model, eps, results.members(model, column)) for column in COLUMNS]
+        line = [
+            model + flags.mark(model, eps),
+            results.targets[model]["role"],
+            " / ".join(f"{count:.0f}" for count in passes),
+            percent(float(results.clean(model).mean())),
+        ]
+        for column in COLUMNS:
+            right = found[f"worst of {column}"][1]
+            near = "*" * (share(np.ones_like(right), right)[1] <= floor)
+            line.append(all_told(right).replace(" [", f"{near} [", 1))
+        for name in (
+            "all_paths_empirical",
+            "top1_attack_on_router",
+            "top1_attack_on_experts",
+            "route_stability",
+        ):
+            line.append(all_told(found[name][1] if name in found else None))
+        cells.append(line)
+    return markdown_table(titles, cells, left=2)
+
+
+def single_table(results: ImageResults, eps: float) -> list[str]:
+    columns = list(dict.fromkeys(member for model in results.targets for member in results.members(model)))
+    cells = []
+    for model in results.targets:
+        own = results.members(model)
+        shares = [
+            percent(float(results.under(model, eps, [member]).mean())) if member in own else "-"
+            for member in columns
+        ]
+        cells.append([model, *shares])
+    return markdown_table(["model", *columns], cells, left=1)
+
+
+def auto_lines(results: ImageResults | None, auto: ImageResults) -> list[str]:
+    """AutoAttack's own figures, and its gap to our suite on the same images."""
+    eps, count = auto.ladder[-1], len(auto.images)
+    lines = [
+        f"AutoAttack standard (pyautoattack) at eps {eps_text(eps)} on the first {count} of the attacked images, seed "
+        f"{auto.protocol['seed']}, in batches of {auto.protocol['batch']}. path: on one pathway of a mixture by "
+        "itself: what that pathway has right then, and the whole model on the same images; only the latter is part of "
+        "the worst case.",
+        "",
+    ]
+    paths = list(dict.fromkeys(m for one in auto.targets for m in auto.members(one) if m != AUTOATTACK))
+    titles = ["model", "clean", "adaptive", "AutoAttack"]
+    titles += [f"{path.removeprefix(AUTOATTACK).strip()}: its own, the model's" for path in paths]
+    titles += ["worst of all", "adaptive - AutoAttack"]
+    cells = []
+    for model in auto.targets:
+        own = auto.members(model)
+        attacked = auto.under(model, eps, [AUTOATTACK])
+        suite = None
+        if results is not None and model in results.targets:
+            suite = results.only(auto.images, results.worst(model, eps, "adaptive"))
+        worst = auto.under(model, eps, own) & (True if suite is None else suite)
+        line = [model, percent(float(auto.clean(model).mean())), all_told(suite), all_told(attacked)]
+        for path in paths:
+            both = (auto.claimed(model, eps, path), auto.under(model, eps, [path])) if path in own else ()
+            line.append(", ".join(percent(float(one.mean())) for one in both) or "-")
+        gap = None if suite is None else auto.estimate(suite) - auto.estimate(attacked)
+        line += [all_told(worst), "-" if gap is None else points(gap.value) + in_brackets(*gap.interval())]
+        cells.append(line)
+    return [*lines, *markdown_table(titles, cells, left=1)]
+
+
+def auto_findings(results: ImageResults | None, auto: ImageResults) -> list:
+    """Where AutoAttack leaves what our suite does not, and where images made for a pathway beat it."""
+    found, eps = [], auto.ladder[-1]
+    for model in auto.mixtures:
+        attacked = auto.under(model, eps, [AUTOATTACK])
+        worst = auto.under(model, eps, auto.members(model))
+        if results is not None and model in results.targets:
+            worst = worst & results.only(auto.images, results.worst(model, eps, "adaptive"))
+        gap = float(attacked.mean() - worst.mean())
+        text = (
+            f"AutoAttack leaves {percent(float(attacked.mean()))} % of {len(auto.images)} images right; attacks that "
+            f"know the router, and images made for its pathways, leave {percent(float(worst.mean()))} %"
+        )
+        if gap > 0.05:
+            text += ": the router hides its gradient from AutoAttack, whose figure means nothing"
+        found.append(
+            Finding(
+                "AutoAttack beside the adaptive suite",
+                model,
+                eps,
+                AUTOATTACK,
+                "flag" if gap > 0.05 else "ok",
+                text,
+            )
+        )
+    return found
+
+
+def write_classifier_tables(
+    folder: str | Path, clean: Clean, about: Mapping[str, About], dataset: str, ledgers: Mapping[str, Path]
+) -> None:
+    """Writes the tables of a folder; results.csv last: where it is, all is there. ledgers: "suite" and "autoattack",
+    those that are complete."""
+    folder, findings, rows, timing, telemetry = Path(folder), [], clean_rows(clean, about), [], []
+    results, auto = (
+        load_images(ledgers[name]) if name in ledgers else None for name in ("suite", AUTOATTACK)
+    )
+    for name, one in (("suite", results), (AUTOATTACK, auto)):
+        if one is None:
+            continue
+        manifest, units = read_manifest(ledgers[name]), read_units(ledgers[name])
+        findings += check_manifest(manifest, units) if name == "suite" else []
+        rows += robust_rows(one)
+        timing += timing_rows(name, one, read_seconds(ledgers[name]))
+        kinds = {target: about["identity"]["kind"] for target, about in one.targets.items()}
+        records = [record for unit in units_of(manifest) for record in units[unit.name]]
+        telemetry += telemetry_rows(records, kinds)
+    if auto is not None:
+        findings += auto_findings(results, auto)
+    findings += read_beside(folder).findings
+    files = {"classifiers.md": clean_markdown(clean, about, dataset)}
+    if ledgers:
+        files |= {
+            "robustness.md": robust_markdown(results, auto, findings),
+            "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(findings)),
+            "timing.csv": csv_text(TIMING_COLUMNS, timing),
+            "telemetry.csv": csv_text(TELEMETRY_COLUMNS, telemetry),
+        }
+    for name, text in files.items():
+        atomic_write(folder / name, text.encode())
+    atomic_write(folder / "results.csv", csv_text(RESULT_COLUMNS, rows).encode())
+
+
+def timing_rows(ledger: str, results: ImageResults, seconds: Mapping[str, float]) -> list[dict]:
+    """Seconds of every attack over all images; passes per image as counted."""
+    whole: dict[tuple, float] = {}
+    for unit, key in results.seconds_of.items():
+        whole[key] = whole.get(key, 0.0) + seconds.get(unit, 0.0)
+    return [
+        {"ledger": ledger, "model": model, "eps": eps, "attack": member, "seconds": round(spent, 3),
+         "passes": results.passes(model, eps, [member])}
+        for (model, eps, member), spent in whole.items()
+    ]  # fmt: skip
+
+
+def summary(clean: Clean, about: Mapping[str, About], results: ImageResults | None) -> list[list[str]]:
+    """Cells for a terminal: clean top-1 of all images, and the adaptive worst case at each eps."""
+    eps = results.ladder if results is not None else ()
+    lines = [["top-1 in %", "clean", *(f"eps {eps_text(one)}" for one in eps)]]
+    for model, own in clean.answers.items():
+        line = [model, percent(float((own.said == clean.labels).mean()))]
+        for one in eps:
+            there = results is not None and model in results.targets
+            line.append(percent(float(results.worst(model, one, "adaptive").mean())) if there else "-")
+        lines.append(line)
+    return lines

@@ -1,0 +1,140 @@
+"""What classifiers say of clean images, and every figure that follows from it: accuracy, routes, swapped routers."""
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine.runs import atomic_write
+from metrics.gate import effective_experts
+
+BEST = 5  # classes that are kept of each answer
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """Of one classifier to N images. ranked int [N, 5]: its classes, the likeliest first (fewer where there are fewer).
+
+    Of a mixture as well: routes int [N, S], the expert at each site; alone int [N, E], the answer with all sites on
+    one expert; by_chance int [N], the answer with an expert drawn at random for each image and site."""
+
+    ranked: np.ndarray
+    routes: np.ndarray | None = None
+    alone: np.ndarray | None = None
+    by_chance: np.ndarray | None = None
+
+    @property
+    def said(self) -> np.ndarray:
+        """The answer to each image, int [N]."""
+        return self.ranked[:, 0]
+
+    @property
+    def taken(self) -> np.ndarray:
+        """The expert that most sites of an image take, the lowest of equals; int [N]."""
+        experts = range(self.alone.shape[1])
+        return np.stack([(self.routes == expert).sum(axis=1) for expert in experts], axis=1).argmax(axis=1)
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, batches: Iterable[tuple[Tensor, int]], device: torch.device, seed: int = 0
+) -> Answers:
+    """Of a model in eval mode to batches of (images float [B, C, H, W] in [0, 1], place of the first), each image once.
+
+    seed: of the routes by chance, which follow from it and an image's place."""
+    parts: dict[str, list[np.ndarray]] = {"ranked": [], "routes": [], "alone": [], "by_chance": []}
+    for images, place in batches:
+        images = images.to(device)
+        logits = model(images)
+        parts["ranked"].append(logits.topk(min(BEST, logits.shape[1]), dim=1).indices.cpu().numpy())
+        if not hasattr(model, "forward_given"):
+            continue
+        scores = model.gate_logits(images)  # [S, B, E, 1, 1, 1]
+        sites, count, experts = scores.shape[:3]
+
+        def given(routes: Tensor, scores: Tensor = scores, images: Tensor = images) -> np.ndarray:
+            weights = torch.zeros_like(scores).scatter(2, routes.view(*routes.shape, 1, 1, 1, 1), 1.0)
+            return model.forward_given(images, weights).argmax(dim=1).cpu().numpy()
+
+        same = [torch.full((sites, count), expert, device=device) for expert in range(experts)]
+        dice = np.stack(
+            [np.random.default_rng([seed, place + row]).integers(0, experts, sites) for row in range(count)],
+            1,
+        )
+        parts["routes"].append(scores.flatten(2).argmax(dim=2).T.cpu().numpy())
+        parts["alone"].append(np.stack([given(one) for one in same], axis=1))
+        parts["by_chance"].append(given(torch.from_numpy(dice).to(device)))
+    return Answers(**{name: np.concatenate(own) for name, own in parts.items() if own})
+
+
+# A figure: (images that count for it, images of these that are right), both bool [N].
+Right = tuple[np.ndarray, np.ndarray]
+
+
+def accuracies(found: Answers, labels: np.ndarray, classes: int) -> dict[str, Right]:
+    """Every figure that is a share of images.
+
+    top1, top5 (where there are more than five classes); of a mixture also route_E (top-1 of the images that take
+    expert E at most sites), constant_E (top-1 with all images on it), random_route, oracle_route and worst_route
+    (images that some, and that all, of the constant routes have right)."""
+    every = np.ones(len(labels), dtype=bool)
+    figures = {"top1": (every, found.said == labels)}
+    if classes > BEST:
+        figures["top5"] = (every, (found.ranked == labels[:, None]).any(axis=1))
+    if found.alone is None:
+        return figures
+    alone = found.alone == labels[:, None]  # [N, E]
+    for expert in range(alone.shape[1]):
+        taken = found.taken == expert
+        figures[f"route_{expert}"] = (taken, (found.said == labels) & taken)
+        figures[f"constant_{expert}"] = (every, alone[:, expert])
+    figures["random_route"] = (every, found.by_chance == labels)
+    figures["oracle_route"] = (every, alone.any(axis=1))
+    figures["worst_route"] = (every, alone.all(axis=1))
+    return figures
+
+
+def loads(found: Answers) -> np.ndarray:
+    """Share of images and sites that each expert takes, float [E]."""
+    experts = found.alone.shape[1]
+    return np.bincount(found.routes.ravel(), minlength=experts) / found.routes.size
+
+
+def balance(found: Answers) -> float:
+    """Effective number of experts, exp of the entropy of their loads: 1 to E."""
+    return float(effective_experts(loads(found)[:, None])[0])
+
+
+def labels_by_expert(found: Answers, labels: np.ndarray, classes: int) -> np.ndarray:
+    """Images of each label that take each expert at most sites, int [classes, E]."""
+    table = np.zeros((classes, found.alone.shape[1]), dtype=np.int64)
+    np.add.at(table, (labels, found.taken), 1)
+    return table
+
+
+def save_answers(
+    path: str | Path, names: np.ndarray, labels: np.ndarray, found: Mapping[str, Answers]
+) -> None:
+    """per_image.npz: names, labels, and of each model MODEL/ranked, MODEL/routes, ..., written atomically."""
+    arrays = {"names": np.asarray(names), "labels": labels, "models": np.asarray(list(found))}
+    for model, own in found.items():
+        arrays |= {f"{model}/{key}": value for key, value in vars(own).items() if value is not None}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    atomic_write(path, buffer.getvalue())
+
+
+def load_answers(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Answers]]:
+    """(names [N], labels [N], answers by model) of a per_image.npz."""
+    with np.load(path) as file:
+        models = file["models"].tolist()
+        keys = {model: [key for key in file.files if key.startswith(f"{model}/")] for model in models}
+        found = {
+            model: Answers(**{key.removeprefix(f"{model}/"): file[key] for key in own})
+            for model, own in keys.items()
+        }
+        return file["names"], file["labels"], found
