@@ -26,6 +26,7 @@ from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
 
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
+ROUTE_COLUMNS = ("model", "label", "expert", "images")
 TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
 
 
@@ -165,6 +166,19 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
         "routes have right; no router that sends an image one way can be outside of these.",
         "",
         *markdown_table(titles, cells, left=1),
+    ]
+
+
+def route_rows(clean: Clean) -> list[dict]:
+    """Rows of routes.csv: images of each label that take each expert of a mixture at most of its sites."""
+    return [
+        {"model": model, "label": label, "expert": expert, "images": images}
+        for model, own in clean.answers.items()
+        if own.alone is not None
+        for label, row in zip(
+            clean.classes, labels_by_expert(own, clean.labels, len(clean.classes)).tolist(), strict=True
+        )
+        for expert, images in enumerate(row)
     ]
 
 
@@ -437,7 +451,10 @@ def write_classifier_tables(
     if auto is not None:
         findings += auto_findings(results, auto)
     findings += read_beside(folder).findings
-    files = {"classifiers.md": clean_markdown(clean, about, dataset)}
+    files = {
+        "classifiers.md": clean_markdown(clean, about, dataset),
+        "routes.csv": csv_text(ROUTE_COLUMNS, route_rows(clean)),
+    }
     if ledgers:
         files |= {
             "robustness.md": robust_markdown(results, auto, findings),

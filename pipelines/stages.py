@@ -9,11 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.checkpoints import atomic_write, load_metadata
-from engine.config import Component, Evaluation, Pipeline, Run, UserError, load, references
+from engine.config import (
+    Classification,
+    ClassifierEvaluation,
+    Component,
+    Evaluation,
+    Pipeline,
+    Run,
+    UserError,
+    load,
+    references,
+)
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
-VERSIONS = {"network": 1, "gate": 3, "evaluate": 2}
+VERSIONS = {"network": 1, "gate": 3, "evaluate": 2, "classifier": 1, "evaluate classifiers": 1}
+StageConfig = Run | Evaluation | Classification | ClassifierEvaluation
 # Keys that say where and how fast, not what: they don't belong to the key of a stage.
 PLACES = (
     "name",
@@ -33,16 +44,29 @@ class Stage:
     """One step: its config with the run folder set, and the stages whose weights it takes in."""
 
     name: str
-    config: Run | Evaluation
+    config: StageConfig
     needs: tuple[str, ...]
 
     @property
     def kind(self) -> str:
-        return "train" if isinstance(self.config, Run) and self.config.ensemble is None else "evaluate"
+        if isinstance(self.config, Run):
+            return "train" if self.config.ensemble is None else "evaluate"
+        return "train" if isinstance(self.config, Classification) else "evaluate"
+
+    @property
+    def classifies(self) -> bool:
+        return isinstance(self.config, Classification | ClassifierEvaluation)
+
+    @property
+    def command(self) -> str:
+        """What runs it, as pipelines.cli names it."""
+        return f"{self.kind}_cnn_moe" if self.classifies else self.kind
 
     @property
     def work(self) -> str:
         """What it computes, as VERSIONS names it."""
+        if self.classifies:
+            return "classifier" if self.kind == "train" else "evaluate classifiers"
         if self.kind == "evaluate":
             return self.kind
         return "gate" if self.config.experts or self.config.shared_encoder else "network"
@@ -53,6 +77,10 @@ class Stage:
         config = self.config
         if isinstance(config, Run):
             return {**config.experts, **config.starts}
+        if isinstance(config, Classification):
+            return {"start_from": config.train.start_from} if config.train.start_from else {}
+        if isinstance(config, ClassifierEvaluation):
+            return dict(config.models)
         return {**config.baselines, **config.experts, **config.gates}
 
 
@@ -147,7 +175,7 @@ def run_stage(stage: Stage, resume: bool, device: str) -> float:
     from pipelines.cli import Options, function_of
 
     start = time.perf_counter()
-    function_of(stage.kind)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
+    function_of(stage.command)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
     return time.perf_counter() - start
 
 
@@ -166,7 +194,7 @@ def build_stages(config: Pipeline) -> dict[str, Stage]:
     return stages
 
 
-def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> Run | Evaluation:
+def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> StageConfig:
     """A stage's config with the pipeline's `set` and `seed`, without `train` where nothing is trained."""
     stage = load(file, settings, origin=origin)
     trains = getattr(stage, "train", None) is not None
@@ -211,7 +239,7 @@ def matters(key: str, kind: str) -> bool:
     """Whether a config key belongs to a stage's key: what it takes in stands there as hashes, and what is
     evaluated how is nothing to a training, but for the classes that its validation counts."""
     section = key.split(".")[0]
-    if key in PLACES or section in ("experts", "baselines") or (section == "gates" and kind == "evaluate"):
+    if key in PLACES or section in ("experts", "baselines", "models") or (section == "gates" and kind == "evaluate"):
         return False
     return section != "evaluate" or kind == "evaluate" or key == "evaluate.absent"
 
@@ -231,7 +259,10 @@ def flatten(tree, prefix: str = "") -> dict[str, object]:
     return {prefix: tree}
 
 
-def data_hash(config: Run | Evaluation) -> str:
+def data_hash(config: StageConfig) -> str:
+    if isinstance(config, Classification | ClassifierEvaluation):
+        images = config.data.build(config.data.cache_dir)
+        return key_of({split: images.manifest(split) for split in images.splits})
     index = config.data.build()
     return index.manifest(index.frames)
 
@@ -249,7 +280,7 @@ def weights_hash(source: str | Component) -> str | None:
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
 
 
-def pretrained_hash(config: Run | Evaluation) -> dict[str, str]:
+def pretrained_hash(config: StageConfig) -> dict[str, str]:
     """{"weights.pretrained": SHA-256 of the file that a network starts from}, nothing where it is no file."""
     network = getattr(config, "network", None)
     file = Path(str(network.args.get("pretrained"))) if network else Path()
@@ -258,19 +289,24 @@ def pretrained_hash(config: Run | Evaluation) -> dict[str, str]:
 
 def result_hash(stage: Stage) -> str | None:
     """Hash of what the stage leaves behind, to notice that it was removed or changed by hand."""
-    from pipelines.evaluation import evaluation_folder
-
     if stage.kind == "train":
         hashes = [weights_hash(str(folder)) for folder in run_folders(stage)]
         return hashes[0] if len(hashes) == 1 else None if None in hashes else key_of(dict(enumerate(hashes)))
-    results = evaluation_folder(stage.config) / "results.csv"
+    results = evaluation_folder(stage) / "results.csv"
     return hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
+
+
+def evaluation_folder(stage: Stage) -> Path:
+    """The folder that an evaluation writes into."""
+    return Path(stage.config.output) / stage.config.name / "evaluation" / stage.config.evaluate.split
 
 
 def run_folders(stage: Stage) -> list[Path]:
     """The folders that a stage trains in: its own, or one for each of its gates."""
     from pipelines.gates import runs_in
 
+    if stage.classifies:
+        return [Path(stage.config.output) / stage.config.name]
     return [Path(run.output) / run.name for run in runs_in(stage.config)]
 
 
@@ -346,7 +382,7 @@ def dry_run(stages: list[Stage]) -> None:
         if missing:
             print(f"waits for the weights of {', '.join(missing)}")
         else:
-            function_of(stage.kind)(stage.config, Options(dry_run=True))
+            function_of(stage.command)(stage.config, Options(dry_run=True))
 
 
 class Records:
@@ -366,7 +402,6 @@ class Records:
 
 
 def write_pipeline_report(config: Pipeline, stages: dict[str, Stage], folder: Path, rewrite: bool) -> None:
-    from pipelines.evaluation import evaluation_folder
     from reports.report import write_report
 
     page = folder / "report.html"
@@ -374,7 +409,7 @@ def write_pipeline_report(config: Pipeline, stages: dict[str, Stage], folder: Pa
     if not evaluations or (page.exists() and not rewrite):
         return
     write_report(
-        [evaluation_folder(stage.config) for stage in evaluations],
+        [evaluation_folder(stage) for stage in evaluations],
         [folder for stage in stages.values() if stage.kind == "train" for folder in run_folders(stage)],
         page,
     )

@@ -19,24 +19,29 @@ BLUES = LinearSegmentedColormap.from_list("blues", ["#f7fafc", "#9fc5e8", "#1c5d
 PRINT_DPI = 150
 STYLES = {"ensemble": "--", "gate": "-", "expert": ":", "baseline": "-."}  # of curves by kind of row
 
+# Groups of trainings: the column of metrics.csv that is shown, and what it is.
+WATCHED = {
+    "networks": ("miou", "validation mIoU (%)"),
+    "gates": ("miou", "validation mIoU (%)"),
+    "classifiers": ("robust_top1", "validation top-1 under attack (%)"),
+}
+
 
 @dataclass(frozen=True)
 class Run:
-    """A training as the report shows it: rows of its metrics.csv, and whether it trained a gate."""
+    """A training as the report shows it: rows of its metrics.csv, and its group, one of WATCHED."""
 
     name: str
-    gate: bool
+    group: str
     rows: tuple[Mapping[str, str], ...]
 
 
 def progress(runs: Sequence[Run], experts: Sequence[str]) -> bytes:
-    """Training loss and validation mIoU over optimiser steps; networks above, gates below. PNG.
+    """Training loss and what validation measures over optimiser steps, a row of panels for each group of runs. PNG.
 
     `experts` have their colours of the overlays. Every run must have a row, and there must be a run."""
     groups = [
-        (title, members)
-        for title, gate in (("networks", False), ("gates", True))
-        if (members := [run for run in runs if run.gate == gate])
+        (title, members) for title in WATCHED if (members := [run for run in runs if run.group == title])
     ]
     figure = Figure(figsize=(10, 2.9 * len(groups)), layout="constrained")
     for (title, members), (left, right) in zip(
@@ -46,9 +51,9 @@ def progress(runs: Sequence[Run], experts: Sequence[str]) -> bytes:
             color = _color(run.name, index, experts)
             loss = next(column for column in run.rows[0] if column.endswith("loss"))
             _line(left, run, loss, 1, color)
-            _line(right, run, "miou", 100, color)
+            _line(right, run, WATCHED[title][0], 100, color)
         left.set_title(f"{title}: training loss", fontsize=10, loc="left", color=INK)
-        right.set_title(f"{title}: validation mIoU (%)", fontsize=10, loc="left", color=INK)
+        right.set_title(f"{title}: {WATCHED[title][1]}", fontsize=10, loc="left", color=INK)
         right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
         for panel in (left, right):
             _plain(panel)
@@ -138,6 +143,26 @@ def matrix_heatmap(results: Results, subsets: Sequence[str]) -> bytes:
     panel.set_yticks(range(len(names)), names, fontsize=8.5, color=INK)
     panel.tick_params(length=0)
     panel.spines[:].set_visible(False)
+    return to_png(figure, PRINT_DPI)
+
+
+def labels_by_expert(tables: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes:
+    """Of each mixture the share of the images of each label [K] that takes each expert [E], from counts [K, E]. PNG."""
+    few = len(classes) <= 20
+    figure = Figure(figsize=(1 + 2.2 * len(tables), 0.27 * len(classes) + 1 if few else 5), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    for panel, (name, counts) in zip(panels, tables.items(), strict=True):
+        shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+        panel.imshow(shares, cmap=BLUES, vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(shares) if few else ():
+            color = "white" if value > 65 else INK
+            panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
+        panel.set_title(name, fontsize=10, loc="left", color=INK)
+        panel.set_xticks(range(counts.shape[1]), [f"expert {one}" for one in range(counts.shape[1])], fontsize=9)
+        panel.xaxis.tick_top()
+        panel.set_yticks(range(len(classes)) if few else [], classes if few else [], fontsize=8.5, color=INK)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
     return to_png(figure, PRINT_DPI)
 
 

@@ -39,18 +39,24 @@ def open_folder(path: Path) -> Folder:
     return Folder(path, str(config.get("name", path.name)).split("/")[-1], text, config, environment)
 
 
+def is_classifier(folder: Folder) -> bool:
+    """Whether a run folder is that of a classifier's training."""
+    return "method" in (folder.config.get("train") or {})
+
+
 def run_row(folder: Folder) -> dict:
-    """Steps, images, best validation mIoU and time of a training, from its tables."""
+    """Steps, images, best validation figure and time of a training, from its tables."""
     rows, timing = folder.table("metrics.csv"), folder.table("timing.csv")
-    validated = [row for row in rows if row.get("miou")]
-    best = max(validated, key=lambda row: float(row["miou"]), default=None)
+    watched = "robust_top1" if is_classifier(folder) else "miou"
+    validated = [row for row in rows if row.get(watched)]
+    best = max(validated, key=lambda row: float(row[watched]), default=None)
     seconds = sum(float(row["seconds"]) + float(row["validation_seconds"] or 0) for row in timing)
     return {
         "name": folder.name,
         "epochs": rows[-1]["epoch"] if rows else "-",
         "steps": number(int(rows[-1]["step"])) if rows else "-",
         "images": number(int(rows[-1]["images_seen"])) if rows else "-",
-        "miou": percent(float(best["miou"])) if best else "-",
+        "best": percent(float(best[watched])) if best else "-",
         "at": best["epoch"] if best else "-",
         "time": f"{int(seconds) // 60}:{int(seconds) % 60:02d}" if timing else "-",
     }

@@ -22,10 +22,11 @@ from metrics.confusion import iou_per_class
 from metrics.disagreement import CASES
 from reports import charts
 from reports.findings import chosen_gate, findings, main_subset
-from reports.folders import Folder, commands, environments, open_folder, run_row
+from reports.folders import Folder, commands, environments, is_classifier, open_folder, run_row
 from reports.markdown import to_html
 
 TEMPLATES = Path(__file__).parent / "templates"
+CLASSIFIERS = "classifiers.md"  # an evaluation folder with it is one of classifiers
 GENERATED = ("roadscenes",)  # data sets that a program drew
 REGRETS = ("regret_miou", "regret_aacc")  # columns of gate.csv
 COMPARED = ("baseline", "expert", "ensemble", "gate")  # kinds that the best of a column is picked from
@@ -40,7 +41,9 @@ def write_report(
     Raises UserError for an evaluation folder that is missing, incomplete or damaged."""
     out = Path(out)
     folders = [open_folder(Path(run)) for run in runs]
-    parts = [_evaluation_part(open_folder(Path(evaluation))) for evaluation in evaluations]
+    opened = [open_folder(Path(evaluation)) for evaluation in evaluations]
+    parts = [_evaluation_part(folder) for folder in opened if not (folder.path / CLASSIFIERS).exists()]
+    classified = [_classifier_part(folder) for folder in opened if (folder.path / CLASSIFIERS).exists()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
@@ -49,12 +52,13 @@ def write_report(
     page = environment.get_template("report.html").render(
         title=title or out.resolve().parent.name,
         parts=parts,
+        classified=classified,
         datasets=sorted({part["results"].protocol.dataset for part in parts}),
         generated=any(part["results"].protocol.dataset in GENERATED for part in parts),
         progress=_progress(folders, experts),
         runs=[run_row(folder) for folder in folders],
         commands=commands(folders),
-        configs=[folder for folder in [*folders, *(part["folder"] for part in parts)] if folder.config_text],
+        configs=[folder for folder in [*folders, *opened] if folder.config_text],
         environments=environments(folders),
         few_images=FEW_IMAGES,
     )
@@ -100,6 +104,29 @@ def _evaluation_part(folder: Folder) -> dict:
         "robustness": _markdown(folder.path / "robustness.md"),
         "corruptions": _markdown(folder.path / "corruptions.md"),
     }
+
+
+def _classifier_part(folder: Folder) -> dict:
+    """Everything that the template says about one evaluation of classifiers."""
+    rows = folder.table("routes.csv")
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    images: dict[str, list[int]] = {}
+    for row in rows:
+        images.setdefault(row["model"], []).append(int(row["images"]))
+    tables = {model: np.array(own).reshape(len(labels), -1) for model, own in images.items()}
+    return {
+        "folder": folder,
+        "routes": _embed(charts.labels_by_expert(tables, labels)) if tables else "",
+        "clean": _markdown(folder.path / CLASSIFIERS),
+        "robustness": _markdown(folder.path / "robustness.md"),
+    }
+
+
+def _group(folder: Folder) -> str:
+    """Of the training's chart."""
+    if is_classifier(folder):
+        return "classifiers"
+    return "gates" if folder.config.get("gate") else "networks"
 
 
 def _markdown(path: Path) -> Markup:
@@ -291,7 +318,7 @@ def _cost(text: str) -> str:
 def _progress(folders: Sequence[Folder], experts: Sequence[str]) -> str:
     """The chart of all trainings that have left rows, "" where there is none."""
     runs = [
-        charts.Run(folder.name, bool(folder.config.get("gate")), tuple(rows))
+        charts.Run(folder.name, _group(folder), tuple(rows))
         for folder in folders
         if (rows := folder.table("metrics.csv"))
     ]

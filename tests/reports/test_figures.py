@@ -96,7 +96,7 @@ def test_ignored_pixels_and_large_frames_and_any_rows(results_of):
 def test_charts_of_all_sizes(results_of):
     validated = {"epoch": "2", "step": "20", "loss": "1", "lr": "0.1", "miou": "0.5"}
     rows = ({"epoch": "1", "step": "10", "loss": "2", "lr": "0.1", "miou": ""}, validated)
-    runs = [charts.Run("highway", False, rows), charts.Run("moe", True, rows[:1])]
+    runs = [charts.Run("highway", "networks", rows), charts.Run("moe", "gates", rows[:1])]
     for results in (results_of(), results_of(experts=("highway", "urban", "fog"))):
         subsets = ["highway", "urban", "fog"]
         for png in (
