@@ -145,11 +145,12 @@ def score_entropy(scores: Tensor, wanted: Tensor) -> Tensor:
 
 
 def imbalance(scores: Tensor) -> Tensor:
-    """Switch's balance loss, E times the sum of load and mean probability over the experts, less 1: 0 where both are
-    equal, mean over sites; the loads are those of hard routes."""
-    shares = scores.flatten(2).float().softmax(dim=2)  # [S, B, E]
-    loads = F.one_hot(shares.argmax(dim=2), shares.shape[2]).float().mean(dim=1)
-    return (shares.shape[2] * (loads * shares.mean(dim=1)).sum(dim=1) - 1).mean()
+    """Covariance of loads and mean scores over the experts, mean over sites: its gradient lowers the scores of experts
+    with more than their share of the images, in proportion. Of scores, not of probabilities as Switch has it (arXiv
+    2101.03961): where one expert has all images its probability is 1 for all, and that gradient is gone."""
+    values = scores.flatten(2).float()  # [S, B, E]
+    loads = F.one_hot(values.argmax(dim=2), values.shape[2]).float().mean(dim=1)
+    return ((loads - 1 / values.shape[2]) * values.mean(dim=1)).sum(dim=1).mean()
 
 
 def _as_told(losses: Tensor, labels: Tensor, threat: Threat, progress: float) -> Tensor:

@@ -11,19 +11,28 @@ WIDTHS, BLOCKS = (16, 32, 64), 3  # the CIFAR ResNet-20 of He et al. 2016, secti
 SEEN = 32  # pixels of the shorter edge that the router sees, at least
 
 
+GROUPS = 8  # of channels that are normalised together, at most
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm, not BatchNorm: with statistics of the batch a router that divides its batches evenly in training
+    sends all images to one expert in evaluation, and an image's route depends on its neighbours."""
+    return nn.GroupNorm(math.gcd(channels, GROUPS), channels)
+
+
 class Block(nn.Module):
     """Two 3x3 convolutions; where the shape changes the shortcut skips pixels and adds empty channels (option A)."""
 
     def __init__(self, in_channels: int, channels: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.norm1 = norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.norm2 = norm(channels)
         self.stride, self.added = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
         if self.added:
@@ -44,7 +53,7 @@ class Router(nn.Module):
         channels = [max(1, int(base * width)) for base in WIDTHS]
         self.num_experts, self.sites, self.bound = num_experts, sites, bound
         self.conv = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(channels[0])
+        self.norm = norm(channels[0])
         blocks, before = [], channels[0]
         for place, own in enumerate(channels):
             for index in range(BLOCKS):
@@ -59,32 +68,24 @@ class Router(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        scale = min(images.shape[-2:]) // SEEN
-        images = F.avg_pool2d(images, scale) if scale > 1 else images
-        features = self.blocks(F.relu(self.bn(self.conv(images)))).mean(dim=(2, 3))
+        features = self.features(images)
         with torch.autocast(images.device.type, enabled=False):
-            scores = F.linear(features.float(), self.head.weight.float(), self.head.bias.float())
+            scores = F.linear(features, self.head.weight.float(), self.head.bias.float())
             scores = self.bound * torch.tanh(scores / self.bound)
         return scores.view(len(images), self.sites, self.num_experts).transpose(0, 1)
 
+    def features(self, images: Tensor) -> Tensor:
+        """What the scores are linear in, float32 [B, F]."""
+        scale = min(images.shape[-2:]) // SEEN
+        images = F.avg_pool2d(images, scale) if scale > 1 else images
+        return self.blocks(F.relu(self.norm(self.conv(images)))).mean(dim=(2, 3)).float()
+
     @torch.no_grad()
     def balance(self, batches: Iterable[Tensor]) -> None:
-        """Sets the statistics of its BatchNorm to those of these images [B, 3, H, W] (normalised) and its bias so that
-        each expert is as good as the others in the mean: an untrained router sends nearly all images to one."""
-        batches, mode = list(batches), self.training
-        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
-        momenta = [norm.momentum for norm in norms]
-        self.train()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the plain mean over the batches
-        for images in batches:
-            self(images)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        self.eval()
+        """Sets the scores' bias and scale so that on these images [B, 3, H, W] (normalised) each expert's scores have
+        mean 0 and a spread of 1: an untrained router sends nearly all images to one."""
         self.head.bias.zero_()
-        scores = torch.cat([self(images) for images in batches], dim=1)
-        raw = self.bound * torch.atanh((scores / self.bound).clamp(-1 + 1e-6, 1 - 1e-6))
-        self.head.bias.copy_(-raw.mean(dim=1).flatten())
-        self.train(mode)
+        raw = torch.cat([self.features(images) @ self.head.weight.T for images in batches])
+        spread = raw.std(dim=0).clamp_min(1e-6)
+        self.head.weight.div_(spread[:, None])
+        self.head.bias.copy_(-(raw / spread).mean(dim=0))
