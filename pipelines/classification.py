@@ -87,10 +87,14 @@ def start(model: nn.Module, config: Classification) -> None:
     source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
     tensors, _ = load_weights(source)
     own, head = model.state_dict(), last_layer(model)
-    wrong = [name for name, one in own.items() if name not in tensors or tensors[name].shape != one.shape]
+    wrong = [
+        name
+        for name in {**own, **tensors}
+        if name not in own or name not in tensors or tensors[name].shape != own[name].shape
+    ]
     if fresh:
         wrong = [name for name in wrong if name not in head]
-    if wrong or len(tensors) != len(own):
+    if wrong:
         way_out = "; train.start_head: fresh trains a new last layer" if set(wrong) == set(head) else ""
         raise UserError(
             f"train.start_from: {source} is of another network, {len(wrong)} tensors differ "

@@ -236,7 +236,9 @@ class _Plan:
         self.cuts: list[Cut] = []
         self.sums: dict[str, int] = {}
 
-    def cut(self, module: nn.Module, dim: int, channels: Channels, gate: bool, places: int = 1, *names: str):
+    def cut(
+        self, module: nn.Module, dim: int, channels: Channels, gate: bool, places: int, *names: str
+    ) -> None:
         """Those of the module's tensors of these names that it has."""
         for name in names:
             if getattr(module, name, None) is not None:

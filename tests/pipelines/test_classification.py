@@ -9,6 +9,7 @@ from dataloaders.image_batches import EvalBatches
 from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.config import ConfigError, UserError, from_dict
 from networks.cnn_moe.model import CNN
+from networks.cnn_moe.sparse import SparseCNN
 from pipelines.classification import attacked_part, build, clusters_of, phases_of, train
 from pipelines.classifier_validation import validated
 from pipelines.cli import Options, main
@@ -111,6 +112,22 @@ def test_training_starts_from_another_run_of_an_equal_network(tmp_path):
     )
     with pytest.raises(UserError, match="is of another network"):
         build(smaller, smaller.data.build(smaller.data.cache_dir))
+
+
+def test_training_does_not_start_from_a_network_that_has_more(tmp_path):
+    torch.manual_seed(0)
+    file, keys = tmp_path / "sparse.safetensors", {"arch": "densenet", "ratio": 0.5}
+    save_weights(file, SparseCNN(10, **keys).state_dict(), {"classes": list("0123456789")})
+    one = config(
+        tmp_path,
+        {"name": "cnn", "arch": "densenet"},
+        method="trades",
+        start_from=str(file),
+        start_head="fresh",
+    )
+    told = r"sparse.safetensors is of another network, 38 tensors differ \(scores.0, scores.1, scores.10\)$"
+    with pytest.raises(UserError, match=told):
+        build(one, one.data.build(one.data.cache_dir))
 
 
 def test_training_goes_on_from_an_exported_pathway(tmp_path):
