@@ -230,9 +230,11 @@ def test_mistakes_are_told_in_one_line_and_nothing_is_written(here, capsys, line
 
 
 def test_missing_packages_are_told_with_the_command_that_brings_them(here, capsys, monkeypatch):
-    find = importlib.util.find_spec
+    find, installed = importlib.util.find_spec, {"onnx": True, "onnxscript": None, "onnxruntime": True}
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "onnxscript" else find(name, *rest)
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: installed[name] if name in installed else find(name, *rest),
     )
     assert main(["plain", "--out", "new", "--onnx"]) == 2
     told = "--onnx: needs onnxscript: pip install onnx onnxscript onnxruntime\n"
