@@ -15,6 +15,7 @@ Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
 
 METHODS = ("advmoe", "at_moe", "trades", "pgd_at", "standard")
 ROUTED = METHODS[:2]  # those that need a router
+UNROUTED = ("cnn", "sparse_cnn")  # networks that have none
 
 
 class ImageData(ComponentSection):
@@ -72,6 +73,10 @@ class ClassifierTrain(BasicTrain):
     balanced_start: Bool = Field(
         True, description="set the router's biases so that all experts get images at first"
     )
+    start_head: Literal["kept", "fresh"] = Field(
+        "kept",
+        description="last layer under start_from: kept, or fresh, which other classes than those of that run need",
+    )
     val_images: PositiveInt = Field(1000, description="validation images that are attacked, at most")
     val_steps: PositiveInt = Field(10, description="gradient steps of the validation attack, at eps")
     val_eps: Positive | None = Field(None, description="largest change in validation; null: eps")
@@ -92,6 +97,8 @@ class ClassifierTrain(BasicTrain):
             )
         if data.get("router") is not None and method in METHODS and method != "advmoe":
             mistakes.append(Mistake(("router",), f"has no effect with method: {method}"))
+        if data.get("start_head") == "fresh" and data.get("start_from") is None:
+            mistakes.append(Mistake(("start_head",), "has no effect without start_from"))
         return mistakes
 
 
@@ -174,7 +181,7 @@ class ClassifierEvaluation(Config):
 
 
 class Classification(Config):
-    """One classifier: dense, slim, or a mixture of pathways."""
+    """One classifier: dense, slim, sparse, or a mixture of pathways."""
 
     name: Name = Field(description="name of the run; its folder is OUTPUT/NAME")
     output: Text = Field("runs", description="folder of the run folders")
@@ -188,7 +195,8 @@ class Classification(Config):
         network, train = (
             data.get(key) if isinstance(data.get(key), dict) else {} for key in ("network", "train")
         )
-        if train.get("method") in ROUTED and network.get("name") == "cnn":
-            told = f"{train['method']} trains a router, and a cnn has none; allowed: trades, pgd_at, standard"
+        method, name = train.get("method"), network.get("name")
+        if method in ROUTED and name in UNROUTED:
+            told = f"{method} trains a router, and a {name} has none; allowed: trades, pgd_at, standard"
             return [Mistake(("train", "method"), told)]
         return []

@@ -10,6 +10,7 @@ NETWORKS = {
 CLASSIFIERS = {
     "cnn": "networks.cnn_moe.model:CNN",
     "cnn_moe": "networks.cnn_moe.model:CNNMoE",
+    "sparse_cnn": "networks.cnn_moe.sparse:SparseCNN",
 }
 
 GUEST_CLASSIFIERS = {  # which bring their own weights

@@ -18,7 +18,7 @@ from engine.randomness import random_state, seed_everything
 from engine.runs import RunFolder, check_run_folder
 from engine.steps import Phase
 from networks.complexity import parameters
-from pipelines.classifier_costs import describe_costs
+from pipelines.classifier_costs import describe_costs, without_pruned
 from pipelines.classifier_validation import metric_names, validated
 from pipelines.models import weights_file
 from pipelines.segmentation import pick_device
@@ -34,14 +34,14 @@ def train(config: Classification, options) -> list[Result] | None:
         check_run_folder(folder_of(config), config.resolved(), **flags)
     images = config.data.build(config.data.cache_dir)
     model = build(config, images)
-    costs = describe_costs(model, images.size)
+    about_it = [*describe_costs(model, images.size), *describe_start(config, model)]
     if options.dry_run:
         title = f"{config.name}: {config.network.name} {config.network.args['arch']}"
-        print("\n".join([title, *costs, images.describe()]))
+        print("\n".join([title, *about_it, images.describe()]))
         return None
     folder = RunFolder(folder_of(config), config.resolved(), **flags, device=device)
     folder.log(f"{config.name}: {images.describe()}, {device}")
-    for line in costs:
+    for line in about_it:
         folder.log(line)
     settings, data = config.train, config.data
     batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
@@ -82,16 +82,43 @@ def build(config: Classification, images: ImageSet) -> nn.Module:
 
 
 def start(model: nn.Module, config: Classification) -> None:
-    """Weights of another run. UserError where they are of another network."""
-    source = weights_file(config.train.start_from)
+    """Weights of another run, or of an export; with train.start_head: fresh all but those of the last layer. UserError
+    where they are of another network."""
+    source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
     tensors, _ = load_weights(source)
-    own = model.state_dict()
-    wrong = [name for name, one in own.items() if name not in tensors or tensors[name].shape != one.shape]
-    if wrong or len(tensors) != len(own):
+    own, head = model.state_dict(), last_layer(model)
+    wrong = [
+        name
+        for name in {**own, **tensors}
+        if name not in own or name not in tensors or tensors[name].shape != own[name].shape
+    ]
+    if fresh:
+        wrong = [name for name in wrong if name not in head]
+    if wrong:
+        way_out = "; train.start_head: fresh trains a new last layer" if set(wrong) == set(head) else ""
         raise UserError(
-            f"train.start_from: {source} is of another network, {len(wrong)} tensors differ ({', '.join(wrong[:3])})"
+            f"train.start_from: {source} is of another network, {len(wrong)} tensors differ "
+            f"({', '.join(wrong[:3])}){way_out}"
         )
-    model.load_state_dict(tensors)
+    model.load_state_dict({**tensors, **{name: own[name] for name in head if fresh}})
+
+
+def last_layer(model: nn.Module) -> list[str]:
+    """Names of the tensors of a classifier's last linear layer."""
+    *_, (name, _) = (one for one in model.body.named_modules(prefix="body") if isinstance(one[1], nn.Linear))
+    return [f"{name}.weight", f"{name}.bias"]
+
+
+def describe_start(config: Classification, model: nn.Module) -> list[str]:
+    """For people: that the last layer is a new one."""
+    if config.train.start_head != "fresh":
+        return []
+    there = len(load_metadata(weights_file(config.train.start_from))["classes"])
+    layer = last_layer(model)[0].removesuffix(".weight")
+    return [
+        f"starts from {config.train.start_from} ({there} classes) but for {layer}, which is new, "
+        f"for {model.num_classes}"
+    ]
 
 
 def phases_of(config: Classification, model: nn.Module, steps: int, device: torch.device) -> list[Phase]:
@@ -100,13 +127,13 @@ def phases_of(config: Classification, model: nn.Module, steps: int, device: torc
     layout = torch.channels_last if train.channels_last else torch.preserve_format
     model.to(device, memory_format=layout)
     if train.method == "standard":
-        optimizer = train.optimizer.build(list(model.parameters()))
+        optimizer = train.optimizer.build(groups_of(model))
         schedule = train.schedule.build(optimizer, steps)
         return [Phase("network", classified(), list(model.parameters()), optimizer, schedule)]
     adversary = adversary_of(train)
     if train.method != "advmoe":
         own = list(model.parameters())
-        optimizer = train.optimizer.build(own)
+        optimizer = train.optimizer.build(groups_of(model))
         schedule = train.schedule.build(optimizer, steps)
         return [Phase("network", adversary.loss, own, optimizer, schedule, adversary.attack)]
     router = train.router or RouterTraining()
@@ -119,6 +146,16 @@ def phases_of(config: Classification, model: nn.Module, steps: int, device: torc
     schedule = (router.schedule or train.schedule).build(optimizer, steps)
     phase = RouterPhase(train, router)
     return [first, Phase("router", phase.loss, routed, optimizer, schedule, phase.attack, router.clip_norm)]
+
+
+def groups_of(model: nn.Module) -> list[nn.Parameter] | list[dict]:
+    """What an optimizer takes: all parameters; the scores of a sparse network, which only rank, without decay."""
+    if not hasattr(model, "scores"):
+        return list(model.parameters())
+    scores = list(model.scores.parameters())
+    ranked = set(map(id, scores))
+    others = [parameter for parameter in model.parameters() if id(parameter) not in ranked]
+    return [{"params": others}, {"params": scores, "weight_decay": 0.0}]
 
 
 def balance(model: nn.Module, split: ImageSplit) -> None:
@@ -164,10 +201,11 @@ def description(config: Classification, images: ImageSet, model: nn.Module) -> d
     for key in ("name", "output"):
         recipe.pop(key)
     recipe["data"].pop("cache_dir")
-    total, _ = parameters(model)
+    total, _ = parameters(without_pruned(model))
     about = {
         "config": recipe,
         "classes": list(images.classes),
+        "image_size": list(images.size),
         "network": config.network.plain(),
         "data": images.manifest("train"),
         "parameters": total,

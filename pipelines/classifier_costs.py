@@ -3,6 +3,7 @@
 python -m pipelines.classifier_costs prints a table of all architectures."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,12 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from evaluation.formats import markdown_table, number
 from networks.cnn_moe import ARCHITECTURES
 from networks.cnn_moe.model import CNN, CNNMoE
+from networks.cnn_moe.sparse import SparseCNN
 from networks.complexity import parameters
 
 
 @dataclass(frozen=True)
 class ClassifierCost:
-    """parameters: all. active: of the router and one pathway. pathway, router, executed: GMACs per image."""
+    """parameters: all. active: of the router and one pathway. pathway, router, executed: GMACs per image.
+
+    Of a sparse network all this is of what is left without the pruned filters, as networks.cnn_moe.sparse cuts it:
+    every filter that is kept, each reading the channels that are kept; sums of residual networks keep all channels."""
 
     parameters: int
     active: int
@@ -27,6 +32,7 @@ class ClassifierCost:
 
 def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
     """Of one image of `size` (channels, height, width). executed: counted in a pass of a batch of one."""
+    model = without_pruned(model)
     total, _ = parameters(model)
     image = torch.zeros(1, *size, device=next(model.parameters()).device)
     if not hasattr(model, "pathway"):
@@ -43,6 +49,11 @@ def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
     )
 
 
+def without_pruned(model: nn.Module) -> nn.Module:
+    """A copy without its pruned filters, of a sparse network; others as they are."""
+    return model.kept() if hasattr(model, "kept") else model
+
+
 @torch.no_grad()
 def counted(module: nn.Module, image: torch.Tensor) -> float:
     """GMACs of convolutions and matrix products, by torch.utils.flop_counter; the module stays in its mode."""
@@ -57,7 +68,12 @@ def counted(module: nn.Module, image: torch.Tensor) -> float:
 def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     """For people."""
     cost = cost_of(model, size)
-    lines = [f"parameters: {cost.parameters:,}, {cost.active:,} of them active for an image"]
+    active = f"{cost.active:,} of them active for an image"
+    if hasattr(model, "kept"):
+        active = (
+            f"what is left of {sum(one.numel() for one in model.body.parameters()):,} without pruned filters"
+        )
+    lines = [f"parameters: {cost.parameters:,}, {active}"]
     shape = " x ".join(map(str, size))
     if cost.router:
         parts = f"a pathway {cost.pathway:.4f}, the router {cost.router:.4f}"
@@ -70,17 +86,21 @@ def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
 def cost_table(
     num_classes: int, size: tuple[int, int, int], stem: str, ratio: float, experts: tuple[int, ...]
 ) -> list[str]:
-    """A Markdown table: every architecture dense, slim and as mixtures."""
+    """A Markdown table: every architecture dense, slim, sparse and as mixtures."""
     lines = []
     for arch in ARCHITECTURES:
-        for width, count in ((1.0, 1), (ratio, 1), *((ratio, one) for one in experts)):
-            keys = {"arch": arch, "ratio": width, "stem": stem}
-            model = CNN(num_classes, **keys) if count == 1 else CNNMoE(num_classes, num_experts=count, **keys)
-            cost = cost_of(model, size)
-            kind = "dense" if width == 1 else "slim" if count == 1 else f"E = {count}"
+        keys = {"arch": arch, "stem": stem}
+        kinds = [
+            ("dense", 1.0, CNN),
+            ("slim", ratio, CNN),
+            ("sparse", ratio, SparseCNN),
+            *((f"E = {count}", ratio, partial(CNNMoE, num_experts=count)) for count in experts),
+        ]
+        for kind, share, network in kinds:
+            cost = cost_of(network(num_classes, ratio=share, **keys), size)
             gmacs = (cost.pathway, cost.router, cost.executed)
             numbers = [number(cost.parameters), number(cost.active), *(f"{one:.4f}" for one in gmacs)]
-            lines.append([arch, kind, f"{width:g}", *numbers])
+            lines.append([arch, kind, f"{share:g}", *numbers])
     titles = ["network", "kind", "ratio", "parameters", "active", "GMACs pathway", "router", "executed"]
     return markdown_table(titles, lines, left=2)
 

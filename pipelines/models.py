@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from engine.checkpoints import copy_tensors, load_weights, tensors_sha256
-from engine.config import Component, Gate, Run, UserError, component
+from engine.config import Component, Gate, Run, UserError, component, table_of
 from networks.complexity import parameters
 from networks.moe import Frozen, MixtureOfExperts, gate_channels
 
 NETWORKS = "networks:NETWORKS"
+CLASSIFIERS = "networks:CLASSIFIERS"
 # Arguments of a network that change how it is trained, not what it computes.
 FREE_ARGUMENTS = ("pretrained", "checkpointing")
 
@@ -32,9 +33,12 @@ class Trained:
 
 
 def weights_file(path: str | Path) -> Path:
-    """The checkpoint of a run folder; a checkpoint file stands for itself."""
+    """The checkpoint of a run folder, or of the folder of an export; a checkpoint file stands for itself."""
     path = Path(path)
-    return path if path.suffix == ".safetensors" else path / "checkpoints" / "best.safetensors"
+    if path.suffix == ".safetensors":
+        return path
+    exported = path / "best.safetensors"
+    return exported if exported.exists() else path / "checkpoints" / "best.safetensors"
 
 
 def read_checkpoint(path: str, key: str) -> tuple[Path, dict, dict]:
@@ -59,6 +63,20 @@ def load_network(source: str | Component, key: str, classes: Sequence[str] = ())
     network = stored_network(metadata).build(len(metadata["classes"]))
     load_tensors(network, tensors, f"{key}: {file}")
     return Trained(file, Frozen(network), metadata, tensors_sha256(tensors))
+
+
+def load_classifier(source: str, key: str) -> Trained:
+    """A trained classifier of a run folder, of the folder of an export, or of a checkpoint.
+
+    Raises UserError for a missing or damaged file, and for one of segmentation."""
+    file, tensors, metadata = read_checkpoint(source, key)
+    arguments = dict(metadata.get("network") or {})
+    name = arguments.pop("name", "gate")
+    if name not in table_of(CLASSIFIERS):
+        raise UserError(f"{key}: {file} holds a {name}, not a classifier; name a run of train_cnn_moe.py")
+    network = component(CLASSIFIERS, name, **arguments).build(len(metadata["classes"]))
+    load_tensors(network, tensors, f"{key}: {file}")
+    return Trained(file, network.eval().requires_grad_(False), metadata, tensors_sha256(tensors))
 
 
 def load_external(network: Component, classes: Sequence[str]) -> Trained:

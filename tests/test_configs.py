@@ -85,13 +85,29 @@ def test_config_opens_with_the_command_that_takes_it(name):
     assert script in alone or family in FAMILIES
 
 
-@pytest.mark.parametrize("name", sorted(map(str, Path("configs/cnn_moe").glob("*.yaml"))))
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith("configs/cnn_moe/") and "_sparse" not in name]
+)
 def test_the_slim_network_of_a_classifier_is_the_change_that_its_file_tells(name):
     told = re.search(r"a slim network: (network=\{.*\}) (train\S+) (train\S+)\n", Path(name).read_text())
     mixture, slim = load(name), load(name, list(told.groups()))
     assert (mixture.network.name, slim.network.name) == ("cnn_moe", "cnn")
     assert all(slim.network.args[key] == mixture.network.args[key] for key in ("arch", "ratio", "stem"))
     assert slim.train.method == "trades" and slim.train.router is None and slim.train.eps == mixture.train.eps
+
+
+def test_the_sparse_network_is_trained_as_the_slim_one():
+    """Beside the mixture: another network, TRADES, no router."""
+    name = "configs/cnn_moe/resnet18_cifar10"
+    sparse, mixture = (load(f"{name}{kind}.yaml").resolved() for kind in ("_sparse", ""))
+    assert sparse.pop("name") == f"{mixture.pop('name')}_sparse"
+    assert sparse["network"] == {
+        **{key: value for key, value in mixture["network"].items() if key in sparse["network"]},
+        "name": "sparse_cnn",
+    }
+    assert mixture["train"].pop("router") and not sparse["train"].pop("router", None)
+    assert (mixture["train"].pop("method"), sparse["train"].pop("method")) == ("advmoe", "trades")
+    assert sparse["train"] == mixture["train"] and sparse["data"] == mixture["data"]
 
 
 @pytest.mark.parametrize("name", MAIN)

@@ -24,13 +24,21 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, workers):
     killed_equals_whole(tmp_path, config, "train_deeplab.py", seed=workers)
 
 
-def test_a_mixture_of_pathways_killed_and_resumed_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize(
+    ("network", "method"),
+    [
+        ({"name": "cnn_moe", "arch": "resnet18", "ratio": 0.03}, "advmoe"),
+        ({"name": "sparse_cnn", "arch": "densenet", "ratio": 0.2}, "trades"),
+    ],
+    ids=["mixture", "sparse"],
+)
+def test_a_classifier_killed_and_resumed_equals_uninterrupted(tmp_path, network, method):
     config = {
         "name": "whole",
         "output": str(tmp_path / "runs"),
         "data": {"name": "digits", "test_images": 1400, "val_images": 20, "pad": 1},
-        "network": {"name": "cnn_moe", "arch": "resnet18", "ratio": 0.03},
-        "train": {"method": "advmoe", "epochs": 3, "batch_size": 48, "eps": 0.1, "val_steps": 1, "val_images": 10,
+        "network": network,
+        "train": {"method": method, "epochs": 3, "batch_size": 48, "eps": 0.1, "val_steps": 1, "val_images": 10,
                   "save_steps": 1, "ema": 0.9, "tensorboard": False, "optimizer": {"name": "sgd", "lr": 0.05}},
     }  # fmt: skip
     killed_equals_whole(tmp_path, config, "train_cnn_moe.py", seed=5)

@@ -167,14 +167,19 @@ class CNNMoE(nn.Module):
         """The plain CNN that an image sees which takes this expert at all sites; a copy."""
         if not 0 <= expert < self.num_experts:
             raise UserError(f"pathway: {expert} is wrong; expected 0 to {self.num_experts - 1}")
-        plain = CNN.__new__(CNN)
-        nn.Module.__init__(plain)
-        plain.num_classes = self.num_classes
-        plain.entry, plain.body = deepcopy(self.entry), deepcopy(self.body)
+        plain = plain_cnn(self.num_classes, deepcopy(self.entry), deepcopy(self.body))
         plain.body.set_granularity("model")
         for conv in plain.body.expert_convs():
             conv.keep_only(expert)
         return plain.train(self.training)
+
+
+def plain_cnn(num_classes: int, entry: Entry, body: Body) -> CNN:
+    """A CNN of these parts, none of which is made anew."""
+    plain = CNN.__new__(CNN)
+    nn.Module.__init__(plain)
+    plain.num_classes, plain.entry, plain.body = num_classes, entry, body
+    return plain
 
 
 def build_body(arch: str, num_classes: int, ratio: float, num_experts: int, stem: str) -> Body:

@@ -5,13 +5,20 @@ import csv
 import pytest
 import torch
 
-from engine.checkpoints import load_weights
+from dataloaders.image_batches import EvalBatches
+from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.config import ConfigError, UserError, from_dict
-from pipelines.classification import build, clusters_of, train
+from networks.cnn_moe.model import CNN
+from networks.cnn_moe.sparse import SparseCNN
+from pipelines.classification import attacked_part, build, clusters_of, phases_of, train
+from pipelines.classifier_validation import validated
 from pipelines.cli import Options, main
+from pipelines.export import export
+from pipelines.models import load_classifier
 
 ROUTED = {"name": "cnn_moe", "arch": "resnet18", "ratio": 0.03, "num_experts": 3}
 PLAIN = {"name": "cnn", "arch": "resnet18", "ratio": 0.03}
+SPARSE = {"name": "sparse_cnn", "arch": "densenet", "ratio": 0.25}
 
 
 def config(tmp_path, network=ROUTED, name="run", **keys):
@@ -31,10 +38,12 @@ def run(tmp_path, network=ROUTED, options=None, **keys):
 
 
 @pytest.mark.parametrize("method", ["advmoe", "at_moe", "trades", "pgd_at", "standard"])
-@pytest.mark.parametrize("network", [ROUTED, PLAIN], ids=["moe", "cnn"])
+@pytest.mark.parametrize("network", [ROUTED, PLAIN, SPARSE], ids=["moe", "cnn", "sparse"])
 def test_every_method_trains_and_keeps_what_it_learned(tmp_path, method, network):
-    if network is PLAIN and method in ("advmoe", "at_moe"):
-        with pytest.raises(ConfigError, match="train.method: .* trains a router, and a cnn has none"):
+    if network is not ROUTED and method in ("advmoe", "at_moe"):
+        with pytest.raises(
+            ConfigError, match=f"train.method: .* trains a router, and a {network['name']} has none"
+        ):
             config(tmp_path, network, method=method)
         return
     eps = None if method == "standard" else 0.1
@@ -59,6 +68,7 @@ def test_every_method_trains_and_keeps_what_it_learned(tmp_path, method, network
     model = one.network.build(10)
     model.load_state_dict(tensors)
     assert metadata["network"] == one.network.plain() and metadata["monitor"] == "robust_top1"
+    assert metadata["image_size"] == [1, 8, 8]
     assert "GMACs per image of 1 x 8 x 8" in (folder / "log.txt").read_text()
 
 
@@ -104,9 +114,110 @@ def test_training_starts_from_another_run_of_an_equal_network(tmp_path):
         build(smaller, smaller.data.build(smaller.data.cache_dir))
 
 
+def test_training_does_not_start_from_a_network_that_has_more(tmp_path):
+    torch.manual_seed(0)
+    file, keys = tmp_path / "sparse.safetensors", {"arch": "densenet", "ratio": 0.5}
+    save_weights(file, SparseCNN(10, **keys).state_dict(), {"classes": list("0123456789")})
+    one = config(
+        tmp_path,
+        {"name": "cnn", "arch": "densenet"},
+        method="trades",
+        start_from=str(file),
+        start_head="fresh",
+    )
+    told = r"sparse.safetensors is of another network, 38 tensors differ \(scores.0, scores.1, scores.10\)$"
+    with pytest.raises(UserError, match=told):
+        build(one, one.data.build(one.data.cache_dir))
+
+
+def test_training_goes_on_from_an_exported_pathway(tmp_path):
+    """Before the first step the network is right as often as the mixture was with all images on that pathway."""
+    folder, rows, _, one = run(tmp_path, name="mixture", method="trades", epochs=2)
+    told = export(str(folder), tmp_path / "out", pathway=1)
+    epoch = load_metadata(tmp_path / "out" / "best.safetensors")["epoch"]
+    keys = {"name": "tuned", "method": "trades", "start_from": str(tmp_path / "out")}
+    tuned = config(tmp_path, PLAIN, **keys)
+    images = tuned.data.build(tuned.data.cache_dir)
+    model, settings = build(tuned, images), tuned.train
+    held_out = EvalBatches(attacked_part(images.split("val"), settings.val_images), 256)
+    figures = validated(model, held_out, settings, torch.device("cpu"))
+    assert figures["top1"] == float(rows[epoch - 1]["top1_of_1"]) > 0
+    expected = load_classifier(str(folder), "RUN").network.pathway(1)
+    assert torch.equal(model.eval()(torch.ones(2, 1, 8, 8)), expected(torch.ones(2, 1, 8, 8)))
+    folder, rows, (result,), _ = run(tmp_path, PLAIN, **keys)
+    assert result.steps == 3 and 0 < float(rows[0]["loss"]) < 100 and len(told) == 1
+    about = load_metadata(folder / "checkpoints" / "best.safetensors")["start_from"]
+    source = load_metadata(tmp_path / "out" / "best.safetensors")
+    assert about == {"path": str(tmp_path / "out"), "sha256": source["tensors_sha256"]}
+    assert "which is new" not in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "vgg16"])
+def test_other_classes_need_a_fresh_last_layer_that_the_config_asks_for(tmp_path, arch):
+    network = {**PLAIN, "arch": arch, "enlarge": 2}
+    torch.manual_seed(5)
+    file = tmp_path / "seven.safetensors"
+    seven = CNN(7, **{key: value for key, value in network.items() if key != "name"})
+    save_weights(file, seven.state_dict(), {"classes": list("abcdefg"), "network": network})
+    keys = {"method": "trades", "start_from": str(file)}
+    kept = config(tmp_path, network, **keys)
+    images = kept.data.build(kept.data.cache_dir)
+    told = r"seven.safetensors is of another network, 2 tensors differ \(body.head.*; train.start_head: fresh"
+    with pytest.raises(UserError, match=told):
+        build(kept, images)
+    fresh = config(tmp_path, network, **keys, start_head="fresh")
+    model = build(fresh, images)
+    theirs = seven.state_dict()
+    new = [name for name, own in model.state_dict().items() if not equal(own, theirs[name])]
+    layer = "body.head.4" if arch == "vgg16" else "body.head"
+    assert new == [f"{layer}.weight", f"{layer}.bias"] and model.state_dict()[new[0]].shape[0] == 10
+    other = config(tmp_path, {**network, "ratio": 0.06}, **keys, start_head="fresh")
+    with pytest.raises(UserError, match="is of another network, [0-9]+ tensors differ \\(body.stem[^;]*$"):
+        build(other, images)
+    folder, _, (result,), _ = run(tmp_path, network, **keys, start_head="fresh")
+    line = f"starts from {file} (7 classes) but for {layer}, which is new, for 10"
+    assert (folder / "log.txt").read_text().count(line) == 1 and result.steps == 3
+
+
+def equal(tensor, other):
+    return tensor.shape == other.shape and torch.equal(tensor, other)
+
+
+def test_a_fresh_last_layer_is_new_even_for_as_many_classes(tmp_path):
+    folder, _, _, _ = run(tmp_path, PLAIN, name="first", method="trades")
+    keys = {"name": "second", "method": "trades", "start_from": str(folder), "start_head": "fresh"}
+    one = config(tmp_path, PLAIN, **keys)
+    model = build(one, one.data.build(one.data.cache_dir)).state_dict()
+    tensors, _ = load_weights(folder / "checkpoints" / "best.safetensors")
+    differ = [name for name, value in model.items() if not torch.equal(value, tensors[name])]
+    assert differ == ["body.head.weight", "body.head.bias"]
+
+
+def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
+    one = config(tmp_path, SPARSE, method="trades", optimizer={"name": "adamw", "weight_decay": 0.5})
+    model = build(one, one.data.build(one.data.cache_dir))
+    (phase,) = phases_of(one, model, 3, torch.device("cpu"))
+    weights, scores = phase.optimizer.param_groups
+    assert (weights["weight_decay"], scores["weight_decay"]) == (0.5, 0.0)
+    assert [id(p) for p in scores["params"]] == [id(p) for p in model.scores]
+    trained = {id(p) for group in (weights, scores) for p in group["params"]}
+    assert trained == {id(p) for p in phase.parameters} == {id(p) for p in model.parameters()}
+    first = {name: value.clone() for name, value in model.named_parameters()}
+    folder, _, _, _ = run(tmp_path, SPARSE, method="trades")
+    last, metadata = load_weights(folder / "checkpoints" / "best.safetensors")
+    assert all(not torch.equal(last[name], value) for name, value in first.items() if "scores" in name)
+    kept = sum(parameter.numel() for parameter in model.kept().parameters())
+    whole = sum(parameter.numel() for parameter in model.body.parameters())
+    assert metadata["parameters"] == kept
+    text = (folder / "log.txt").read_text()
+    assert f"parameters: {kept:,}, what is left of {whole:,} without pruned filters" in text
+
+
 @pytest.mark.parametrize(
     ("keys", "told"),
     [
+        ({"start_head": "fresh"}, "train.start_head: has no effect without start_from"),
+        ({"start_head": "new"}, 'train.start_head: "new" is unknown; allowed: kept, fresh'),
         ({"eps": None}, "train.eps: missing; method: advmoe attacks its images"),
         ({"method": "standard"}, "train.eps: has no effect with method: standard"),
         ({"method": "trades", "router": {}}, "train.router: has no effect with method: trades"),
