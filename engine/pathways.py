@@ -109,7 +109,6 @@ class RouterPhase:
         attack, plus balance."""
         settings, count = self.settings, torch.tensor(len(labels), dtype=torch.float64, device=labels.device)
         with evaluating(model):
-            model.router.train()
             clean = model.gate_logits(inputs.clean.images)
             attacked = model.gate_logits(inputs.adversarial.images)
             total = settings.beta * score_divergence(clean, attacked).sum().double()

@@ -11,14 +11,12 @@ from torch import Tensor, nn
 
 from attacks.threat import Threat, seed_of
 from dataloaders.image_set import ImageSet, ImageSplit
-from engine.checkpoints import tensors_sha256
 from engine.config import (
     Classification,
     ClassifierEvaluate,
     ClassifierEvaluation,
     Component,
     UserError,
-    component,
     dump,
 )
 from engine.runs import atomic_write
@@ -41,10 +39,9 @@ from evaluation.suites import Member, extra_members, member
 from evaluation.target_checks import check_targets
 from evaluation.targets import ROUTED, Target, target_of
 from pipelines.classifier_costs import cost_of
-from pipelines.models import load_tensors, read_checkpoint
+from pipelines.models import load_classifier, require_classes
 from pipelines.segmentation import pick_device
 
-CLASSIFIERS = "networks:CLASSIFIERS"
 NO_LABEL = -1  # ignored label: no image is without one
 CHECKED = 2  # images that the honesty checks of networks look at
 FIFTH = 5  # of the epochs: the last one tells whether training had ended
@@ -56,7 +53,6 @@ class Loaded:
 
     network: nn.Module
     role: str
-    sha256: str
     about: dict
     method: str = ""
     rise: float | None = None
@@ -73,9 +69,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     if (folder / "results.csv").exists() and not begun and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     images = config.data.build(config.data.cache_dir)
-    models = {
-        name: load_classifier(source, f"models.{name}", images) for name, source in config.models.items()
-    }
+    models = {name: load(source, f"models.{name}", images) for name, source in config.models.items()}
     for name in settings.attack_rows or ():
         if name not in models:
             raise UserError(f"evaluate.attack_rows: there is no model {name!r}; allowed: {', '.join(models)}")
@@ -140,35 +134,19 @@ def folder_of(config: Classification | ClassifierEvaluation) -> Path:
 # Models
 
 
-def load_classifier(source: str | Component, key: str, images: ImageSet) -> Loaded:
+def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     """A trained classifier of a run folder or checkpoint, or one that brings its own weights. UserError where nothing
     is trained there, or it is for other classes."""
     if isinstance(source, Component):
         network = source.build(images.num_classes).eval().requires_grad_(False)
         about = {"network": source.plain(), "file_sha256": network.file_sha256}
-        return Loaded(network, source.name, tensors_sha256(network.state_dict()), about)
-    file, tensors, metadata = read_checkpoint(source, key)
-    named = dict(metadata.get("network") or {})
-    if "arch" not in named:
-        raise UserError(f"{key}: {file} holds no classifier; name the run of a train_cnn_moe.py")
-    if tuple(metadata["classes"]) != images.classes:
-        raise UserError(
-            f"{key}: {file} was trained for {len(metadata['classes'])} other classes than the {images.num_classes} of "
-            f"{images.name}"
-        )
-    role = named.pop("name")
-    network = component(CLASSIFIERS, role, **named).build(images.num_classes)
-    load_tensors(network, tensors, f"{key}: {file}")
-    about = {"network": metadata["network"], "sha256": tensors_sha256(tensors)}
-    method = metadata.get("config", {}).get("train", {}).get("method", "")
-    return Loaded(
-        network.eval().requires_grad_(False),
-        role,
-        about["sha256"],
-        about,
-        method,
-        rise_of(file.parent.parent / "metrics.csv"),
-    )
+        return Loaded(network, source.name, about)
+    trained = load_classifier(source, key)
+    require_classes(trained, images.classes, key, f"of {images.name}")
+    about = {"network": trained.metadata["network"], "sha256": trained.sha256}
+    method = trained.metadata.get("config", {}).get("train", {}).get("method", "")
+    rise = rise_of(trained.file.parent.parent / "metrics.csv")
+    return Loaded(trained.network, about["network"]["name"], about, method, rise)
 
 
 def rise_of(metrics: Path) -> float | None:

@@ -239,7 +239,11 @@ def matters(key: str, kind: str) -> bool:
     """Whether a config key belongs to a stage's key: what it takes in stands there as hashes, and what is
     evaluated how is nothing to a training, but for the classes that its validation counts."""
     section = key.split(".")[0]
-    if key in PLACES or section in ("experts", "baselines", "models") or (section == "gates" and kind == "evaluate"):
+    if (
+        key in PLACES
+        or section in ("experts", "baselines", "models")
+        or (section == "gates" and kind == "evaluate")
+    ):
         return False
     return section != "evaluate" or kind == "evaluate" or key == "evaluate.absent"
 

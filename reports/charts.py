@@ -149,7 +149,9 @@ def matrix_heatmap(results: Results, subsets: Sequence[str]) -> bytes:
 def labels_by_expert(tables: Mapping[str, np.ndarray], classes: Sequence[str]) -> bytes:
     """Of each mixture the share of the images of each label [K] that takes each expert [E], from counts [K, E]. PNG."""
     few = len(classes) <= 20
-    figure = Figure(figsize=(1 + 2.2 * len(tables), 0.27 * len(classes) + 1 if few else 5), layout="constrained")
+    figure = Figure(
+        figsize=(1 + 2.2 * len(tables), 0.27 * len(classes) + 1 if few else 5), layout="constrained"
+    )
     panels = figure.subplots(1, len(tables), squeeze=False)[0]
     for panel, (name, counts) in zip(panels, tables.items(), strict=True):
         shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
@@ -158,7 +160,9 @@ def labels_by_expert(tables: Mapping[str, np.ndarray], classes: Sequence[str]) -
             color = "white" if value > 65 else INK
             panel.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=8, color=color)
         panel.set_title(name, fontsize=10, loc="left", color=INK)
-        panel.set_xticks(range(counts.shape[1]), [f"expert {one}" for one in range(counts.shape[1])], fontsize=9)
+        panel.set_xticks(
+            range(counts.shape[1]), [f"expert {one}" for one in range(counts.shape[1])], fontsize=9
+        )
         panel.xaxis.tick_top()
         panel.set_yticks(range(len(classes)) if few else [], classes if few else [], fontsize=8.5, color=INK)
         panel.tick_params(length=0)
