@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test lint clean
 
 demo: $(READY)
-	$(BIN)/python run_pipeline.py configs/demo/pipeline.yaml
+	$(BIN)/python run_pipeline.py configs/demo/demo.yaml
 	@echo "open runs/demo/report.html"
 
 test: $(READY)
