@@ -12,9 +12,10 @@ from itertools import combinations
 import numpy as np
 from tqdm import tqdm
 
+from dataloaders.check_images import check_images
 from dataloaders.command import run, table
 from dataloaders.frames import SPLITS, Frame, FrameIndex
-from engine.config import Data, Pipeline, UserError, load
+from engine.config import Data, ImageData, Pipeline, UserError, load
 
 SHOWN = 20  # files that are named for one problem, problems that are printed of many alike
 
@@ -150,12 +151,12 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def data_of(path: str, overrides: Sequence[str]) -> list[Data]:
+def data_of(path: str, overrides: Sequence[str]) -> list[Data | ImageData]:
     """The data section of a config; of a pipeline the different ones of its stages."""
     config = load(path, overrides)
     if not isinstance(config, Pipeline):
         return [config.data]
-    sections: list[Data] = []
+    sections: list[Data | ImageData] = []
     for stage in config.stages.values():
         changes = {
             key: value for key, value in {**config.set, **stage.set}.items() if key.split(".")[0] == "data"
@@ -176,6 +177,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     problems = 0
     for data in data_of(options.config, options.overrides):
+        if isinstance(data, ImageData):
+            text, found = check_images(data.build(data.cache_dir))
+            print(text)
+            problems += found
+            continue
         index = data.build()
         report = check(index, options.workers)
         print(report.text(index))

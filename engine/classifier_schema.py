@@ -45,7 +45,8 @@ class RouterTraining(Section):
     )
     beta: NonNegative = Field(6.0, description="weight of the divergence of its scores under attack")
     balance: NonNegative = Field(
-        0.0, description="weight of a loss that lowers the scores of experts with more than their share of images"
+        0.0,
+        description="weight of a loss that lowers the scores of experts with more than their share of images",
     )
     clip_norm: Positive = Field(1.0, description="largest norm of its gradient")
     optimizer: Optimizer | None = Field(None, description="of the router; null: train.optimizer")

@@ -46,7 +46,12 @@ def test_every_stage_leaves_its_results_and_the_report_shows_them(line):
     results = (base / "evaluation" / "evaluation" / "test" / "results.csv").read_text()
     assert "\nmixture,cnn_moe," in results and "\nslim,cnn," in results and "worst of adaptive" in results
     page = (base / "report.html").read_text()
-    for text in ("evaluation: classifiers", "Robustness of the classifiers", "mixture path 0", "oracle route"):
+    for text in (
+        "evaluation: classifiers",
+        "Robustness of the classifiers",
+        "mixture path 0",
+        "oracle route",
+    ):
         assert text in page, text
     assert page.count("data:image/png") == 2  # routes by label, progress
     assert "Mixture of segmentation experts" not in page

@@ -58,6 +58,4 @@ def test_it_is_built_trained_saved_loaded_and_evaluated(tmp_path, arch, kind, si
 def config(network, routed):
     method = "advmoe" if routed else "trades"
     train = {"method": method, "epochs": 1, "eps": 0.03, "steps": 2, "optimizer": {"name": "sgd", "lr": 0.01}}
-    return from_dict(
-        {"name": "one", "data": {"name": "digits"}, "network": network.plain(), "train": train}
-    )
+    return from_dict({"name": "one", "data": {"name": "digits"}, "network": network.plain(), "train": train})

@@ -37,7 +37,9 @@ def stays_finite(ratio, enlarge, experts, target, seed, steps):
         "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
         "router": {"target": target},
     }  # fmt: skip
-    config = from_dict({"name": "one", "data": {"name": "digits"}, "network": network.plain(), "train": train})
+    config = from_dict(
+        {"name": "one", "data": {"name": "digits"}, "network": network.plain(), "train": train}
+    )
     phases = phases_of(config, model, steps, torch.device("cpu"))
     split, done = digits("").split("train"), 0
     for epoch in range(steps):
