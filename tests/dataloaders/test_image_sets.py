@@ -133,6 +133,14 @@ def test_folders_and_archives_of_image_files(tmp_path, archived, capsys):
     assert again.manifest("train") == found.manifest("train") != found.manifest("val")
 
 
+def test_lossy_image_files_are_another_data_set(tmp_path):
+    root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
+    assert cifar(str(tmp_path / "cache"), root=str(root), val_images=10).name == "cifar10"
+    file = root / "train" / "cat" / "cat_0.png"
+    file.rename(file.with_suffix(".jpg"))  # published figures are of the original pixels
+    assert cifar(str(tmp_path / "cache"), root=str(root), val_images=10).name == "cifar10_jpeg"
+
+
 def test_a_changed_file_is_decoded_again_and_damage_is_mended(tmp_path, capsys):
     root = class_folders(tmp_path / "data", ("train", "test"), CIFAR10)
     cache = tmp_path / "cache"
