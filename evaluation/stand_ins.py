@@ -108,8 +108,7 @@ def _count(
     built = component(table, plain.pop("name"), **plain)
     told = getattr(module_of(built), "passes_at_most", None)
     if told is not None:
-        forwards, backwards = told(**built.args)
-        return forwards, backwards, forwards * (1 if conditional else num_experts)
+        return told(kind, num_experts, conditional, **built.args)
     threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(CLASSES))
     images = torch.full((1, 3, *size), 0.5)
     labels = (torch.arange(size[0]) % CLASSES)[None, :, None].expand(1, *size)
