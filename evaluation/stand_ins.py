@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.threat import Threat
 from engine.config import Component, component, table_of
 from evaluation.ledger import canonical
-from evaluation.targets import Kind
+from evaluation.targets import ROUTED, Kind
 
 CLASSES = 40
 SIZE = (CLASSES, 2)  # a row of pixels for each class
@@ -114,7 +114,7 @@ def _count(
     labels = (torch.arange(size[0]) % CLASSES)[None, :, None].expand(1, *size)
     model = STAND_INS[kind](num_experts)
     found = built.build(model, images, labels, threat)
-    networks = model.ran if conditional else found.forwards * num_experts
+    networks = model.ran if conditional and kind in ROUTED else found.forwards * num_experts
     return found.forwards, found.backwards, networks
 
 
