@@ -407,12 +407,11 @@ def auto_findings(results: ImageResults | None, auto: ImageResults) -> list[Find
     for model in auto.mixtures:
         attacked = auto.under(model, eps, [AUTOATTACK])
         worst = worst_of_all(results, auto, model)
-        told = "images made for its pathways"
-        told = told if results is None else f"attacks that know the router, and {told}"
-        text = (
-            f"AutoAttack leaves {percent(float(attacked.mean()))} % of {len(auto.images)} images right, {told} leave "
-            f"{percent(float(worst.mean()))} %"
-        )
+        known = ["attacks that know the router"] if results is not None else []
+        known += ["images made for its pathways"] if len(auto.members(model)) > 1 else []
+        text = f"AutoAttack leaves {percent(float(attacked.mean()))} % of {len(auto.images)} images right"
+        if known:
+            text += f", {' and '.join(known)} leave {percent(float(worst.mean()))} %"
         reasons = []
         if attacked.mean() - worst.mean() > GAP:
             reasons.append("the router hides its gradient from AutoAttack, whose figure means nothing")

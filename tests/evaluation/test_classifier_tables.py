@@ -205,7 +205,9 @@ def test_the_checks_say_why_plain_attacks_are_not_believed(written, tmp_path):
     flags = {(row["model"], row["check"], row["eps"]): row["text"] for row in rows_of(written / "checks.csv")
              if row["severity"] == "flag"}  # fmt: skip
     told = flags[MOE, "AutoAttack beside the adaptive suite", "0.02"]
-    assert "AutoAttack leaves 90.00 % of 10 images right" in told and "leave 20.00 %" in told
+    assert "AutoAttack leaves 90.00 % of 10 images right" in told and (
+        "attacks that know the router and images made for its pathways leave 20.00 %" in told
+    )
     assert told.endswith("the router hides its gradient from AutoAttack, whose figure means nothing")
     assert "the common figure means nothing" in flags[MOE, "masking", "0.02"]
     assert not [key for key in flags if key[0] == PLAIN and key[1].startswith("AutoAttack")]
