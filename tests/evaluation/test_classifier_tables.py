@@ -170,6 +170,8 @@ def test_markdown_tells_what_the_ledgers_say(written):
     assert cells[1:4] == ["cnn_moe", "4 / 30", "91.67"]
     assert cells[4] == "75.00 [42.8, 94.5]" and cells[5] == "25.00* [5.5, 57.2]"  # the floor is at 33.33
     assert [cell.split()[0] for cell in cells[6:]] == ["50.00", "75.00", "83.33", "66.67"]
+    (near,) = [line for line in text[: text.index(table[0])] if line.startswith(f"| {MOE} !")]
+    assert "| 58.33* [27.7, 84.8] |" in near  # its interval reaches the floor
     (plain,) = [line for line in table[:12] if line.startswith(f"| {PLAIN} ")]
     assert plain.split("|")[7:11] == [" - "] * 4
     auto = text[text.index("## AutoAttack") :]

@@ -33,6 +33,7 @@ def test_worst_cases_are_over_attacks_and_all_smaller_eps_and_the_clean_image(re
     assert lost(results.worst(MOE, 0.01, "adaptive")) == {0, 1, 2, 3, 11}
     assert lost(results.worst(MOE, 0.02, "adaptive")) == {0, 1, 2, 3, 4, 5, 6, 7, 11}
     assert lost(results.worst(PLAIN, 0.01, "common")) == {0, 1, 2}
+    assert lost(results.under(PATHS[0], 0.01, ["apgd"])) == {10}  # wrong from the start
     for target in results.targets:
         for column in ("common", "adaptive"):
             before = lost(results.clean(target))
@@ -71,7 +72,7 @@ def test_either_incumbent_counts(tmp_path):
             if (one["target"], one["eps"], one["attack"]) == (PLAIN, 0.01, "pgd") and one[
                 "image"
             ] == "image_9":
-                one["cells"] = [[0, 0 if one["incumbent"] == "pixels" else 1, 1]]
+                one["cells"] = [[0, 0 if one["incumbent"] == "balanced" else 1, 1]]
     found = ImageResults(read_manifest(folder), units)
     assert lost(found.under(PLAIN, 0.01, ["pgd"])) == {0, 1, 2, 9}
 
