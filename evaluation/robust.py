@@ -23,7 +23,7 @@ from engine.config import UserError
 from evaluation.adversarials import save_adversarials
 from evaluation.floor import gate_free_floor
 from evaluation.formats import number
-from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest
+from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
 from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
@@ -96,6 +96,12 @@ def begin(
     here, before any work."""
     manifest = manifest_for(folder, scenes, targets, members, setup, torch.device(device))
     Ledger(folder, manifest, rank=shard()[0], replace=replace).close()
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether the ledger in the folder holds everything that its manifest asks for, whoever did it."""
+    units = read_units(folder)
+    return all(unit.name in units for unit in units_of(read_manifest(folder)))
 
 
 def manifest_for(

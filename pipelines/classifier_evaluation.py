@@ -38,7 +38,7 @@ from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
 from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
-from evaluation.robust import attack_all, begin, shard
+from evaluation.robust import attack_all, begin, is_complete, shard
 from evaluation.suites import Member, extra_members, member, needs_class_weights
 from evaluation.target_checks import check_targets
 from evaluation.targets import ROUTED, Target, exact_float32, target_of
@@ -86,11 +86,8 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     split = images.split(settings.split)
     works = works_of(config, images, models, attacked_images(split, settings))
     if options.dry_run:
-        print(
-            "\n".join(
-                [f"{config.name}: {images.describe()}", *(line for one in works for line in one.costs())]
-            )
-        )
+        costs = [line for one in works for line in one.costs()]
+        print("\n".join([f"{config.name}: {images.describe()}", *costs]))
         return None
     for one in works:
         begin(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
@@ -99,17 +96,18 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
             (folder / name).unlink(missing_ok=True)
         clean_pass(config, split, models, device)
     for one in works:
-        path = folder / one.folder
-        if not attack_all(path, *one.parts, device=device, replace=options.overwrite):
-            print(f"{one.name}: done here; other processes are still at work on {path}")
-            return None
+        attack_all(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
+    ledgers = {one.name: folder / one.folder for one in works}
+    waiting = [path for path in ledgers.values() if not is_complete(path)]
+    if waiting:
+        print(f"done here; other processes are still at work on {', '.join(map(str, waiting))}")
+        return None
     if not (folder / ANSWERS).exists():
         print(f"the first process is still at work on the clean images of {folder}")
         return None
     clean = read_clean(folder, images.classes, settings.split)
     suite = next((one for one in works if one.name == SUITE), None)
     write_beside(folder / FINDINGS, check_few(suite, device) if suite and settings.attack_checks else [])
-    ledgers = {one.name: folder / one.folder for one in works}
     write_classifier_tables(folder, clean, about, images.name, ledgers)
     results = load_images(ledgers[SUITE]) if suite else None
     print("\n".join(["", *aligned(summary(clean, about, results), left=1), "", f"evaluation: {folder}"]))
