@@ -44,17 +44,17 @@ def autoattack(
     if labels.ndim != 1:
         raise UserError("autoattack: it is for classifiers, labels [B]; label maps have apgd and square")
     victim = Counting(model if pathway is None else forced(model, pathway))
-    search = Search(victim.quietly, images, labels, threat)
+    search = Search(victim, images, labels, threat)
     logits = search.look(images)
     classes = logits.shape[1]
     if classes < FEWEST:
         raise UserError(f"autoattack: {classes} classes; its targeted attacks need {FEWEST} or more")
     if threat.eps > 0:
+        logging.getLogger("auto-attack").setLevel(logging.ERROR)  # what it would say is in our own checks
         attack = AutoAttack(
             victim, norm=NORMS[threat.norm], eps=threat.eps, seed=seed, version=version, device=images.device
         )
         attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = min(TARGETS, classes - 1)
-        logging.getLogger("auto-attack").setLevel(logging.ERROR)  # what it would say is in our own checks
         with torch.random.fork_rng(), torch.enable_grad():
             found, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
         search.look(project(found.detach(), images, threat))
@@ -62,21 +62,41 @@ def autoattack(
     return search.found()
 
 
-def passes_at_most(version: str = "standard", **_) -> tuple[int, int]:
-    """(forward, backward) passes per image that is never lost. Of standard: 5 looks at the image (ours and its
-    checks), 101 for APGD-CE and for each of 9 targets of APGD-T, twice 100 and 3 for each target of FAB-T, 5,000
-    queries."""
+def passes_at_most(
+    kind: str,
+    num_experts: int,
+    conditional: bool,
+    *,
+    version: str = "standard",
+    pathway: int | None = None,
+    seed: int = 0,
+) -> tuple[int, int, int]:
+    """(forward passes, backward passes, passes of networks) per image that is never lost, for a kind of target as in
+    evaluation.targets. Of standard: 12 looks at the image (ours and its checks), 101 passes and a look for APGD-CE
+    and for each of 9 targets of APGD-T, twice 100 and some for each target of FAB-T, 5,000 queries and two looks.
+
+    UserError for a pathway that isn't there."""
+    if pathway is not None:
+        refuse_other_pathways(pathway, num_experts if kind in ("soft", "hard") else 0)
+    networks = 1 if conditional and (kind == "hard" or pathway is not None) else num_experts
     if version == "rand":
-        return 2 * 20 * 101 + 12, 2 * 20 * 101
-    return 12 + 102 + TARGETS * (102 + 210) + 5002, 102 + TARGETS * (102 + 105)
+        forwards, backwards = 2 * 20 * 101 + 12, 2 * 20 * 101
+    else:
+        forwards, backwards = 12 + 102 + TARGETS * (102 + 210) + 5002, 102 + TARGETS * (102 + 105)
+    return forwards, backwards, forwards * networks
+
+
+def refuse_other_pathways(pathway: int, num_experts: int) -> None:
+    """UserError for one that isn't among those of a mixture; num_experts 0: of a network that is none."""
+    if not num_experts:
+        raise UserError("autoattack: pathway is for mixtures, and this network has none")
+    if pathway >= num_experts:
+        raise UserError(f"autoattack: pathway {pathway} is wrong; expected 0 to {num_experts - 1}")
 
 
 def forced(model, pathway: int) -> Callable[[Tensor], Tensor]:
     """The mixture with all weight on one expert at all sites. UserError for a model or an expert that isn't there."""
-    if not hasattr(model, "forward_given"):
-        raise UserError("autoattack: pathway is for mixtures, and this network has none")
-    if pathway >= model.num_experts:
-        raise UserError(f"autoattack: pathway {pathway} is wrong; expected 0 to {model.num_experts - 1}")
+    refuse_other_pathways(pathway, model.num_experts if hasattr(model, "forward_given") else 0)
 
     def forward(images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -88,7 +108,7 @@ def forced(model, pathway: int) -> Callable[[Tensor], Tensor]:
 
 
 class Counting(nn.Module):
-    """A network that counts the images that pass through it."""
+    """A network that counts the images that pass through it, forwards and, where a gradient is wanted, backwards."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]):
         super().__init__()
@@ -99,9 +119,6 @@ class Counting(nn.Module):
         self.forwards += len(images)
         self.backwards += len(images) * (images.requires_grad and torch.is_grad_enabled())
         return self.model(images)
-
-    def quietly(self, images: Tensor) -> Tensor:
-        return self(images)
 
     def passes(self, images: int) -> tuple[int, int]:
         """Mean over the images, rounded up."""

@@ -65,7 +65,9 @@ def cifar(
         for split, source in sources.items()
     }
     exact = all(name.lower().endswith(".png") for source in sources.values() for name in source.names())
-    name = f"cifar{classes}" if exact else f"cifar{classes}_jpeg"  # figures of others don't hold for the latter
+    name = (
+        f"cifar{classes}" if exact else f"cifar{classes}_jpeg"
+    )  # figures of others don't hold for the latter
     return with_val(ImageSet(name, labels, splits), val_images, val_seed)
 
 

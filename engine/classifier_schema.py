@@ -8,7 +8,7 @@ from engine.components import Component, Named
 from engine.errors import Mistake, Mistakes, wrong
 from engine.schema import Attack, BasicTrain, Optimizer, Schedule, each_once
 from engine.sections import ComponentSection, Config, Section
-from engine.values import Bool, Int, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
+from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
 from engine.yaml_source import expand
 
 Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
@@ -132,13 +132,15 @@ class ClassifierEvaluate(Section):
     attacks: list[Attack] = Field([], description="further attacks, beside those of the suite")
     attack_rows: list[Text] | None = Field(None, description="rows to attack; null: all models")
     attack_batch_size: PositiveInt = Field(100, description="images attacked together: part of the result")
-    attack_seed: Int = Field(0, description="seed of random starts")
+    attack_seed: NonNegativeInt = Field(0, description="seed of random starts, of AutoAttack's too")
     attack_checks: Bool = Field(
         True,
         description="check the attacked networks on two images: gradients, batches, an implanted weakness",
     )
     pathways: Bool = Field(
-        True, description="attack every pathway of a mixture as a network by itself, too: rows of their own"
+        True,
+        description="attack every pathway of a mixture as a network by itself, too: rows of their own, and AutoAttack "
+        "on each",
     )
     autoattack: NonNegativeInt = Field(
         0,

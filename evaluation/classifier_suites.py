@@ -63,12 +63,13 @@ def classifier_members(
     have as well; 0: each attack begins once. UserError for an unknown suite, and for ensembles."""
     if suite not in NAMES:
         raise UserError(f"suite: {suite!r} is unknown; allowed: {', '.join(NAMES)}")
-    if kind == "ensemble":
-        raise UserError(
-            "suite: ensembles of classifiers have no members here; attack their networks one by one"
-        )
     if suite == "none":
         return []
+    if kind == "ensemble":
+        raise UserError(
+            f"suite: {suite} has no members for ensembles of classifiers; attack their networks one by one, or with "
+            "attacks: and suite: none"
+        )
     own = SUITES[suite]
     common = [
         member(name, one, "common", kind, num_experts, conditional=conditional)

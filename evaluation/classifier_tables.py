@@ -10,13 +10,21 @@ import numpy as np
 
 from engine.runs import atomic_write
 from evaluation.beside import read_beside
-from evaluation.classifiers import Answers, accuracies, balance, labels_by_expert, load_answers, loads
+from evaluation.classifiers import (
+    ANSWERS,
+    Answers,
+    accuracies,
+    balance,
+    labels_by_expert,
+    load_answers,
+    loads,
+)
 from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows
 from evaluation.formats import csv_text, in_brackets, markdown_table, percent, points
 from evaluation.image_results import ON_EXPERTS, ON_ROUTER, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import units_of
-from evaluation.record_checks import check_manifest
+from evaluation.record_checks import GAP, check_manifest
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
 from evaluation.robust_tables import eps_text
@@ -25,8 +33,10 @@ from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
 
+SUITE = "suite"
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
 ROUTE_COLUMNS = ("model", "label", "expert", "images")
+OF_ATTACKS = ("robustness.md", "checks.csv", "timing.csv", "telemetry.csv")  # tables that only attacks have
 TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
 
 
@@ -57,7 +67,8 @@ class Clean:
 
 
 def read_clean(folder: str | Path, classes: Sequence[str], split: str) -> Clean:
-    names, labels, found = load_answers(Path(folder) / "per_image.npz")
+    """What the clean pass left in the folder."""
+    names, labels, found = load_answers(Path(folder) / ANSWERS)
     return Clean(names, labels, tuple(classes), found, split)
 
 
@@ -76,6 +87,7 @@ def told(counted: np.ndarray, right: np.ndarray) -> str:
 
 
 def all_told(right: np.ndarray | None) -> str:
+    """Where all images count; a dash where it is not known."""
     return "-" if right is None else told(np.ones_like(right), right)
 
 
@@ -190,18 +202,37 @@ def load_images(ledger: str | Path) -> ImageResults:
     return ImageResults(read_manifest(ledger), read_units(ledger))
 
 
-def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, tuple[str, np.ndarray]]:
-    """Every figure of a model at an eps: metric and attack by the name of its column, and who is right [N]."""
-    found = {f"worst of {column}": ("top1", results.worst(model, eps, column)) for column in COLUMNS}
-    if model in results.mixtures:
-        for metric, attacks in (("top1_attack_on_router", ON_ROUTER), ("top1_attack_on_experts", ON_EXPERTS)):
-            right = results.aimed_at(model, eps, attacks)
-            if right is not None:
-                found[metric] = (metric, right)
-        found["route_stability"] = ("route_stability", results.stable(model, eps))
-        paths = results.all_paths(model, eps)
-        if paths is not None:
-            found["all_paths_empirical"] = ("all_paths_empirical", paths)
+@dataclass(frozen=True, eq=False)
+class Figure:
+    """A share of images. attack: those that it is the worst case of. right: bool [N]. passes: of these attacks, per
+    image."""
+
+    metric: str
+    attack: str
+    right: np.ndarray
+    passes: float
+
+
+def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, Figure]:
+    """Every figure of a model at an eps beside those of single attacks, by the title of its column."""
+
+    def worst_of(members: Sequence[str], metric: str, attack: str) -> Figure:
+        return Figure(metric, attack, results.under(model, eps, members), results.passes(model, eps, members))
+
+    found = {one: worst_of(results.members(model, one), "top1", f"worst of {one}") for one in COLUMNS}
+    if model not in results.mixtures:
+        return found
+    every, paths = found["adaptive"], results.pathways(model)
+    if paths:
+        passes = sum(results.passes(path, eps, results.members(path)) for path in paths)
+        found["all paths"] = Figure(
+            "all_paths_empirical", every.attack, results.all_paths(model, eps), passes
+        )
+    for part, attacks in (("router", ON_ROUTER), ("experts", ON_EXPERTS)):
+        own = results.of(model, attacks)
+        if own:
+            found[f"on the {part}"] = worst_of(own, f"top1_attack_on_{part}", " + ".join(own))
+    found["stable"] = Figure("route_stability", every.attack, results.stable(model, eps), every.passes)
     return found
 
 
@@ -215,40 +246,23 @@ def robust_rows(results: ImageResults) -> list[dict]:
     rows = []
     every = np.ones(len(results.images), dtype=bool)
 
-    def add(model: str, attack: str, eps: float, metric: str, right: np.ndarray, **more) -> None:
-        value, low, high, _ = share(every, right)
-        own = {
-            "model": model,
-            "kind": results.targets[model]["role"],
-            "attack": attack,
-            "eps": eps,
-            "metric": metric,
-        }
-        rows.append({**base, **own, "value": value, "ci_low": low, "ci_high": high, **more})
+    def add(model: str, eps: float, figure: Figure) -> None:
+        value, low, high, _ = share(every, figure.right)
+        own = {"model": model, "kind": results.targets[model]["role"], "attack": figure.attack, "eps": eps}
+        own |= {"metric": figure.metric, "value": value, "ci_low": low, "ci_high": high}
+        rows.append({**base, **own, "passes_per_image": figure.passes})
 
     for model in results.targets:
-        add(model, CLEAN.name, 0.0, "top1", results.clean(model))
+        add(model, 0.0, Figure("top1", CLEAN.name, results.clean(model), 1.0))
         for eps in results.ladder:
             for member in results.members(model):
                 passes = results.passes(model, eps, [member])
-                right = results.under(model, eps, [member])
-                add(model, member, eps, "top1", right, passes_per_image=passes)
-                if is_on_path(results, model, member):
+                add(model, eps, Figure("top1", member, results.under(model, eps, [member]), passes))
+                if results.attack(model, member).get("pathway") is not None:
                     own = results.claimed(model, eps, member)
-                    add(model, member, eps, "top1_of_pathway", own, passes_per_image=passes)
-            for name, (metric, right) in figures_of(results, model, eps).items():
-                column = name.rpartition(" ")[2]
-                passes = results.passes(
-                    model, eps, results.members(model, column if column in COLUMNS else "adaptive")
-                )
-                add(
-                    model,
-                    name if metric == "top1" else "worst of adaptive",
-                    eps,
-                    metric,
-                    right,
-                    passes_per_image=passes,
-                )
+                    add(model, eps, Figure("top1_of_pathway", member, own, passes))
+            for figure in figures_of(results, model, eps).values():
+                add(model, eps, figure)
     rows.append({**base, "model": FLOOR, "kind": "floor", "metric": "top1", "value": results.floor()})
     for eps in results.ladder:
         for (first, second), found in differences(results, eps).items():
@@ -263,15 +277,6 @@ def robust_rows(results: ImageResults) -> list[dict]:
                 {**base, **own, "metric": "top1", "value": found.value, "ci_low": low, "ci_high": high}
             )
     return rows
-
-
-def is_on_path(results: ImageResults, model: str, member: str) -> bool:
-    """Whether an attack was made for one pathway of the model."""
-    return results.targets[model] and _attack(results, model, member).get("pathway") is not None
-
-
-def _attack(results: ImageResults, model: str, member: str) -> Mapping:
-    return next(one["attack"] for one in results.targets[model]["members"] if one["name"] == member)
 
 
 def differences(results: ImageResults, eps: float) -> dict[tuple[str, str], Estimate]:
@@ -301,7 +306,7 @@ def robust_markdown(results: ImageResults | None, auto: ImageResults | None, fin
         for eps in results.ladder:
             lines += ["", f"## eps {eps_text(eps)}: single attacks, top-1", "", *single_table(results, eps)]
     if auto is not None:
-        lines += ["", "## AutoAttack", "", *auto_lines(results, auto)]
+        lines += ["", "## AutoAttack", "", *auto_lines(results, auto, flags)]
     if findings:
         lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(findings))]
     return "\n".join(lines) + "\n"
@@ -334,24 +339,16 @@ def worst_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
     floor, cells = results.floor(), []
     for model in results.targets:
         found = figures_of(results, model, eps)
-        passes = [results.passes(model, eps, results.members(model, column)) for column in COLUMNS]
         line = [
             model + flags.mark(model, eps),
             results.targets[model]["role"],
-            " / ".join(f"{count:.0f}" for count in passes),
+            " / ".join(f"{found[column].passes:.0f}" for column in COLUMNS),
             percent(float(results.clean(model).mean())),
         ]
-        for column in COLUMNS:
-            right = found[f"worst of {column}"][1]
-            near = "*" * (share(np.ones_like(right), right)[1] <= floor)
-            line.append(all_told(right).replace(" [", f"{near} [", 1))
-        for name in (
-            "all_paths_empirical",
-            "top1_attack_on_router",
-            "top1_attack_on_experts",
-            "route_stability",
-        ):
-            line.append(all_told(found[name][1] if name in found else None))
+        for title in titles[4:]:
+            right = found[title].right if title in found else None
+            near = title in COLUMNS and share(np.ones_like(right), right)[1] <= floor
+            line.append(all_told(right).replace(" [", "* [", 1) if near else all_told(right))
         cells.append(line)
     return markdown_table(titles, cells, left=2)
 
@@ -369,12 +366,13 @@ def single_table(results: ImageResults, eps: float) -> list[str]:
     return markdown_table(["model", *columns], cells, left=1)
 
 
-def auto_lines(results: ImageResults | None, auto: ImageResults) -> list[str]:
+def auto_lines(results: ImageResults | None, auto: ImageResults, flags: Flags) -> list[str]:
     """AutoAttack's own figures, and its gap to our suite on the same images."""
     eps, count = auto.ladder[-1], len(auto.images)
+    seed = auto.attack(next(iter(auto.targets)), AUTOATTACK)["seed"]
     lines = [
         f"AutoAttack standard (pyautoattack) at eps {eps_text(eps)} on the first {count} of the attacked images, seed "
-        f"{auto.protocol['seed']}, in batches of {auto.protocol['batch']}. path: on one pathway of a mixture by "
+        f"{seed}, in batches of {auto.protocol['batch']}. path: on one pathway of a mixture by "
         "itself: what that pathway has right then, and the whole model on the same images; only the latter is part of "
         "the worst case.",
         "",
@@ -385,64 +383,72 @@ def auto_lines(results: ImageResults | None, auto: ImageResults) -> list[str]:
     titles += ["worst of all", "adaptive - AutoAttack"]
     cells = []
     for model in auto.targets:
-        own = auto.members(model)
-        attacked = auto.under(model, eps, [AUTOATTACK])
-        suite = None
-        if results is not None and model in results.targets:
-            suite = results.only(auto.images, results.worst(model, eps, "adaptive"))
-        worst = auto.under(model, eps, own) & (True if suite is None else suite)
-        line = [model, percent(float(auto.clean(model).mean())), all_told(suite), all_told(attacked)]
+        attacked, suite = auto.under(model, eps, [AUTOATTACK]), suite_beside(results, auto, model)
+        line = [
+            model + flags.mark(model, eps),
+            percent(float(auto.clean(model).mean())),
+            all_told(suite),
+            all_told(attacked),
+        ]
         for path in paths:
-            both = (auto.claimed(model, eps, path), auto.under(model, eps, [path])) if path in own else ()
+            there = path in auto.members(model)
+            both = (auto.claimed(model, eps, path), auto.under(model, eps, [path])) if there else ()
             line.append(", ".join(percent(float(one.mean())) for one in both) or "-")
         gap = None if suite is None else auto.estimate(suite) - auto.estimate(attacked)
-        line += [all_told(worst), "-" if gap is None else points(gap.value) + in_brackets(*gap.interval())]
+        line.append(all_told(worst_of_all(results, auto, model)))
+        line.append("-" if gap is None else points(gap.value) + in_brackets(*gap.interval()))
         cells.append(line)
     return [*lines, *markdown_table(titles, cells, left=1)]
 
 
-def auto_findings(results: ImageResults | None, auto: ImageResults) -> list:
-    """Where AutoAttack leaves what our suite does not, and where images made for a pathway beat it."""
+def suite_beside(results: ImageResults | None, auto: ImageResults, model: str) -> np.ndarray | None:
+    """Who of AutoAttack's images is right in the adaptive worst case of our suite; None where that was not run."""
+    if results is None:
+        return None
+    return results.only(auto.images, results.worst(model, auto.ladder[-1], "adaptive"))
+
+
+def worst_of_all(results: ImageResults | None, auto: ImageResults, model: str) -> np.ndarray:
+    """Who is right under AutoAttack, images of it that were made for a pathway, and our suite."""
+    worst, suite = auto.worst(model, auto.ladder[-1], "adaptive"), suite_beside(results, auto, model)
+    return worst if suite is None else worst & suite
+
+
+def auto_findings(results: ImageResults | None, auto: ImageResults) -> list[Finding]:
+    """Of mixtures: where attacks that know the router, or images made for its pathways, leave less than AutoAttack,
+    and that none of the former was run."""
     found, eps = [], auto.ladder[-1]
     for model in auto.mixtures:
         attacked = auto.under(model, eps, [AUTOATTACK])
-        worst = auto.under(model, eps, auto.members(model))
-        if results is not None and model in results.targets:
-            worst = worst & results.only(auto.images, results.worst(model, eps, "adaptive"))
-        gap = float(attacked.mean() - worst.mean())
-        text = (
-            f"AutoAttack leaves {percent(float(attacked.mean()))} % of {len(auto.images)} images right; attacks that "
-            f"know the router, and images made for its pathways, leave {percent(float(worst.mean()))} %"
-        )
-        if gap > 0.05:
-            text += ": the router hides its gradient from AutoAttack, whose figure means nothing"
-        found.append(
-            Finding(
-                "AutoAttack beside the adaptive suite",
-                model,
-                eps,
-                AUTOATTACK,
-                "flag" if gap > 0.05 else "ok",
-                text,
-            )
-        )
+        worst = worst_of_all(results, auto, model)
+        known = ["attacks that know the router"] if results is not None else []
+        known += ["images made for its pathways"] if len(auto.members(model)) > 1 else []
+        text = f"AutoAttack leaves {percent(float(attacked.mean()))} % of {len(auto.images)} images right"
+        if known:
+            text += f", {' and '.join(known)} leave {percent(float(worst.mean()))} %"
+        reasons = []
+        if attacked.mean() - worst.mean() > GAP:
+            reasons.append("the router hides its gradient from AutoAttack, whose figure means nothing")
+        if results is None:
+            reasons.append("no attack that knows the router was run: nothing here may be called robust")
+        severity = "flag" if reasons else "ok"
+        check = "AutoAttack beside the adaptive suite"
+        found.append(Finding(check, model, eps, AUTOATTACK, severity, "; ".join([text, *reasons])))
     return found
 
 
 def write_classifier_tables(
     folder: str | Path, clean: Clean, about: Mapping[str, About], dataset: str, ledgers: Mapping[str, Path]
 ) -> None:
-    """Writes the tables of a folder; results.csv last: where it is, all is there. ledgers: "suite" and "autoattack",
-    those that are complete."""
+    """Writes the tables of a folder; results.csv last: where it is, all is there. ledgers: SUITE and AUTOATTACK, those
+    that are complete."""
     folder, findings, rows, timing, telemetry = Path(folder), [], clean_rows(clean, about), [], []
-    results, auto = (
-        load_images(ledgers[name]) if name in ledgers else None for name in ("suite", AUTOATTACK)
-    )
-    for name, one in (("suite", results), (AUTOATTACK, auto)):
+    results, auto = (load_images(ledgers[name]) if name in ledgers else None for name in (SUITE, AUTOATTACK))
+    for name, one in ((SUITE, results), (AUTOATTACK, auto)):
         if one is None:
             continue
         manifest, units = read_manifest(ledgers[name]), read_units(ledgers[name])
-        findings += check_manifest(manifest, units) if name == "suite" else []
+        findings += check_manifest(manifest, units) if name == SUITE else []
         rows += robust_rows(one)
         timing += timing_rows(name, one, read_seconds(ledgers[name]))
         kinds = {target: about["identity"]["kind"] for target, about in one.targets.items()}
@@ -462,6 +468,8 @@ def write_classifier_tables(
             "timing.csv": csv_text(TIMING_COLUMNS, timing),
             "telemetry.csv": csv_text(TELEMETRY_COLUMNS, telemetry),
         }
+    for name in OF_ATTACKS:  # of an earlier evaluation here
+        (folder / name).unlink(missing_ok=True)
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
     atomic_write(folder / "results.csv", csv_text(RESULT_COLUMNS, rows).encode())

@@ -13,14 +13,16 @@ from engine.runs import atomic_write
 from metrics.gate import effective_experts
 
 BEST = 5  # classes that are kept of each answer
+ANSWERS = "per_image.npz"
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
     """Of one classifier to N images. ranked int [N, 5]: its classes, the likeliest first (fewer where there are fewer).
 
-    Of a mixture as well: routes int [N, S], the expert at each site; alone int [N, E], the answer with all sites on
-    one expert; by_chance int [N], the answer with an expert drawn at random for each image and site."""
+    Of a mixture as well: routes int [N, S], the expert at each site (a site for each class and place where its weights
+    have them); alone int [N, E], the answer with all sites on one expert; by_chance int [N], the answer with an expert
+    drawn at random for each image and site."""
 
     ranked: np.ndarray
     routes: np.ndarray | None = None
@@ -49,25 +51,28 @@ def answers(
     parts: dict[str, list[np.ndarray]] = {"ranked": [], "routes": [], "alone": [], "by_chance": []}
     for images, place in batches:
         images = images.to(device)
-        logits = model(images)
-        parts["ranked"].append(logits.topk(min(BEST, logits.shape[1]), dim=1).indices.cpu().numpy())
+        ranked = model(images).argsort(
+            dim=1, descending=True, stable=True
+        )  # of equals the lowest class first
+        parts["ranked"].append(ranked[:, :BEST].cpu().numpy())
         if not hasattr(model, "forward_given"):
             continue
-        scores = model.gate_logits(images)  # [S, B, E, 1, 1, 1]
-        sites, count, experts = scores.shape[:3]
+        scores = model.gate_logits(images)  # [S, B, E, K, h, w]
+        taken = scores.argmax(dim=2, keepdim=True)
+        experts, shape = scores.shape[2], taken.transpose(0, 1).shape  # [B, S, 1, K, h, w]
+        sites = taken[:, 0].numel()
 
-        def given(routes: Tensor, scores: Tensor = scores, images: Tensor = images) -> np.ndarray:
-            weights = torch.zeros_like(scores).scatter(2, routes.view(*routes.shape, 1, 1, 1, 1), 1.0)
+        def given(routes: Tensor, scores=scores, shape=shape, images=images) -> np.ndarray:
+            routes = routes.to(device).view(shape).transpose(0, 1)
+            weights = torch.zeros_like(scores).scatter(2, routes, 1.0)
             return model.forward_given(images, weights).argmax(dim=1).cpu().numpy()
 
-        same = [torch.full((sites, count), expert, device=device) for expert in range(experts)]
-        dice = np.stack(
-            [np.random.default_rng([seed, place + row]).integers(0, experts, sites) for row in range(count)],
-            1,
-        )
-        parts["routes"].append(scores.flatten(2).argmax(dim=2).T.cpu().numpy())
-        parts["alone"].append(np.stack([given(one) for one in same], axis=1))
-        parts["by_chance"].append(given(torch.from_numpy(dice).to(device)))
+        rows = range(place, place + len(images))
+        dice = [np.random.default_rng([seed, row]).integers(0, experts, sites) for row in rows]
+        constant = [torch.full((len(images), sites), expert) for expert in range(experts)]
+        parts["routes"].append(taken.transpose(0, 1).flatten(1).cpu().numpy())
+        parts["alone"].append(np.stack([given(one) for one in constant], axis=1))
+        parts["by_chance"].append(given(torch.from_numpy(np.stack(dice))))
     return Answers(**{name: np.concatenate(own) for name, own in parts.items() if own})
 
 

@@ -28,7 +28,7 @@ class ImageResults:
         self.resamples = Resamples([str(place) for place in range(len(self.images))])
         self._place = {name: place for place, name in enumerate(self.images)}
         self._columns = {name: {} for name in self.targets}  # of each target: member -> column
-        self._components = {  # of each target: member -> attack
+        self._attacks = {  # of each target: member -> attack, with its settings
             name: {member["name"]: member["attack"] for member in target["members"]}
             for name, target in self.targets.items()
         }
@@ -74,9 +74,9 @@ class ImageResults:
         wanted = COLUMNS[: COLUMNS.index(column) + 1]
         return [name for name, own in self._columns[target].items() if own in wanted and name != CLEAN.name]
 
-    def component(self, target: str, member: str) -> str:
-        """The name of the attack that a member is."""
-        return self._components[target][member]["name"]
+    def attack(self, target: str, member: str) -> Mapping:
+        """What a member is: the name of an attack, with its settings."""
+        return self._attacks[target][member]
 
     def clean(self, target: str) -> np.ndarray:
         return self._right[target, 0.0, CLEAN.name]
@@ -97,10 +97,9 @@ class ImageResults:
         """Right, by what the attack was made for: of an attack on one pathway, that pathway."""
         return self._claimed[target, eps, member]
 
-    def aimed_at(self, target: str, eps: float, attacks: Sequence[str]) -> np.ndarray | None:
-        """The whole model under the members that are among these attacks; None without any."""
-        own = [member for member in self.members(target) if self.component(target, member) in attacks]
-        return self.under(target, eps, own) if own else None
+    def of(self, target: str, attacks: Sequence[str]) -> list[str]:
+        """Members that are one of these attacks."""
+        return [member for member in self.members(target) if self.attack(target, member)["name"] in attacks]
 
     def stable(self, target: str, eps: float) -> np.ndarray:
         """Images of which no attack that was recorded changed the expert at any site."""

@@ -23,7 +23,7 @@ from engine.config import UserError
 from evaluation.adversarials import save_adversarials
 from evaluation.floor import gate_free_floor
 from evaluation.formats import number
-from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest
+from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
 from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
@@ -64,9 +64,7 @@ def attack_all(
     before = torch.get_num_threads()
     torch.set_num_threads(threads_of(folder) or before)  # logits depend on it
     try:
-        protocol = setup.protocol(device, torch.get_num_threads())
-        images = [about for index, scene in enumerate(scenes) for about in images_of(scene, index, setup)]
-        manifest = manifest_of(setup, protocol, targets, members, images)
+        manifest = manifest_for(folder, scenes, targets, members, setup, device)
         units = list(units_of(manifest))
         with Ledger(folder, manifest, rank=rank, replace=replace) as ledger:
             todo = [unit for unit in units if unit.name not in ledger and unit.batch % world == rank]
@@ -82,6 +80,42 @@ def attack_all(
             return complete
     finally:
         torch.set_num_threads(before)
+
+
+def begin(
+    folder: str | Path,
+    scenes: Iterable[Scene],
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    *,
+    device: torch.device | str = "cpu",
+    replace: bool = False,
+) -> None:
+    """Begins the ledger that `attack_all` would work on, and does nothing else: one of another evaluation is refused
+    here, before any work."""
+    manifest = manifest_for(folder, scenes, targets, members, setup, torch.device(device))
+    Ledger(folder, manifest, rank=shard()[0], replace=replace).close()
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether the ledger in the folder holds everything that its manifest asks for, whoever did it."""
+    units = read_units(folder)
+    return all(unit.name in units for unit in units_of(read_manifest(folder)))
+
+
+def manifest_for(
+    folder: str | Path,
+    scenes: Iterable[Scene],
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    device: torch.device,
+) -> dict:
+    """The manifest that the ledger in the folder has to have; its threads are those that it was begun with."""
+    protocol = setup.protocol(device, threads_of(folder) or torch.get_num_threads())
+    images = [about for index, scene in enumerate(scenes) for about in images_of(scene, index, setup)]
+    return manifest_of(setup, protocol, targets, members, images)
 
 
 def work(

@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.threat import Threat
 from engine.config import Component, component, table_of
 from evaluation.ledger import canonical
-from evaluation.targets import Kind
+from evaluation.targets import ROUTED, Kind
 
 CLASSES = 40
 SIZE = (CLASSES, 2)  # a row of pixels for each class
@@ -108,14 +108,13 @@ def _count(
     built = component(table, plain.pop("name"), **plain)
     told = getattr(module_of(built), "passes_at_most", None)
     if told is not None:
-        forwards, backwards = told(**built.args)
-        return forwards, backwards, forwards * (1 if conditional else num_experts)
+        return told(kind, num_experts, conditional, **built.args)
     threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(CLASSES))
     images = torch.full((1, 3, *size), 0.5)
     labels = (torch.arange(size[0]) % CLASSES)[None, :, None].expand(1, *size)
     model = STAND_INS[kind](num_experts)
     found = built.build(model, images, labels, threat)
-    networks = model.ran if conditional else found.forwards * num_experts
+    networks = model.ran if conditional and kind in ROUTED else found.forwards * num_experts
     return found.forwards, found.backwards, networks
 
 

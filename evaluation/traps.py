@@ -2,23 +2,42 @@
 
 Two experts, one right by a wide margin and one that answers the next class, and a gate that turns from the first to
 the second when every value of the image changes by nine tenths of the budget, each with its own sign. Plain attacks
-see the expert that answers, and no noise turns the gate. Made soft, or hard with a straight-through gradient, the
-same gate falls to them: what they lack is its gradient.
+see the expert that answers, and no noise turns the gate; AutoAttack, on classifiers, is one of them. Made soft, or hard
+with a straight-through gradient, the same gate falls to them: what they lack is its gradient.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attacks import apgd, pgd, routed, square
+from attacks.autoattack import autoattack
 from attacks.pixel_losses import image_loss
 from attacks.search import Found, scores
 from attacks.threat import Threat, seed_of
+from evaluation.classifier_suites import classifier_members
+from evaluation.classifier_tables import (
+    AUTOATTACK,
+    SUITE,
+    About,
+    load_images,
+    read_clean,
+    write_classifier_tables,
+)
+from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
+from evaluation.image_results import ImageResults
+from evaluation.plan import Scene, Setup
+from evaluation.robust import attack_all
+from evaluation.suites import member
+from evaluation.targets import target_of
 
 EPS = 8 / 255
 MARGIN = 0.9  # of eps: how far the gate of a clean image is from turning
@@ -42,6 +61,7 @@ PLAIN = {
     "apgd masked_ce red_eps": partial(apgd.apgd, loss="masked_ce", steps=60, schedule="red_eps"),
     "square": partial(square.square, queries=100),
 }
+FOR_CLASSIFIERS = {"autoattack": autoattack}  # plain attacks on classifiers alone
 GATE_AWARE = {
     "soft_gate": routed.soft_gate,
     "route_first": routed.route_first,
@@ -147,13 +167,14 @@ def spring(task: str, gate: str) -> Outcome:
     threat = Threat(
         EPS, ignore_index=None, seeds=tuple(seed_of("trap", index) for index in range(len(images)))
     )
-    found = {name: attack(model, images, labels, threat) for name, attack in (PLAIN | GATE_AWARE).items()}
+    unaware = plain_attacks(task)
+    found = {name: attack(model, images, labels, threat) for name, attack in (unaware | GATE_AWARE).items()}
 
     def right(some: Mapping[str, Callable]) -> Tensor:
         return torch.stack([found[name].correct for name in some])
 
     total = labels.numel()
-    plain, aware = (right(some).amin(dim=0).sum().item() / total for some in (PLAIN, GATE_AWARE))
+    plain, aware = (right(some).amin(dim=0).sum().item() / total for some in (unaware, GATE_AWARE))
     worst = worst_images([found[name] for name in GATE_AWARE])
     clean_route, route = (model.gate_logits(some).argmax(dim=2).flatten() for some in (images, worst))
     return Outcome(
@@ -166,6 +187,38 @@ def spring(task: str, gate: str) -> Outcome:
         masking(plain, aware, gate_is_blind(model, images, labels, threat)),
         {name: one.correct.sum().item() / total for name, one in found.items()},
     )
+
+
+def plain_attacks(task: str) -> dict[str, Callable]:
+    """By name; AutoAttack is for classifiers."""
+    return PLAIN | (FOR_CLASSIFIERS if task == "classification" else {})
+
+
+def report(gate: str, folder: str | Path) -> ImageResults:
+    """The classification trap evaluated as any classifier is, with the standard suite and AutoAttack, into the tables
+    of the folder; what the suite's ledger says."""
+    model, folder, device = Trap("classification", gate).eval(), Path(folder), torch.device("cpu")
+    images, labels = model.samples()
+    target, names = (
+        target_of("trap", model, role=gate),
+        tuple(f"image {place}" for place in range(len(images))),
+    )
+    own = {
+        SUITE: classifier_members("standard", target.kind, target.num_experts),
+        AUTOATTACK: [member(AUTOATTACK, {"name": "autoattack"}, "common", target.kind, target.num_experts)],
+    }
+    ledgers = {name: folder / f"ledger_{name}" for name in own}
+    classes = tuple("abcd")
+    for name, members in own.items():
+        setup = Setup(classes, (EPS,), name, ignore_index=-1, subset="trap", about={"batch": len(images)})
+        scenes = [Scene(images, labels, names, names)]
+        attack_all(ledgers[name], scenes, [target], {"trap": members}, setup, log=str)
+    save_answers(
+        folder / ANSWERS, np.array(names), labels.numpy(), {"trap": answers(model, [(images, 0)], device)}
+    )
+    clean = read_clean(folder, classes, "trap")
+    write_classifier_tables(folder, clean, {"trap": About(gate, 0, 0, 0.0, 0.0, 0.0)}, "trap", ledgers)
+    return load_images(ledgers[SUITE])
 
 
 def worst_images(found: list[Found]) -> Tensor:
@@ -202,16 +255,27 @@ def random_signs(dice: torch.Generator, *shape: int) -> Tensor:
 def main() -> None:
     """Prints all traps and their controls."""
     outcomes = [spring(task, gate) for task in TASKS for gate in GATES]
-    lines = [("task", "gate", "clean", "plain suite", "gate-aware", "route flips")]
+    lines = [("task", "gate", "clean", "plain suite", "AutoAttack", "gate-aware", "route flips")]
     for one in outcomes:
-        shares = (one.clean, one.plain, one.aware, one.flips)
-        lines.append((one.task, one.gate, *(f"{100 * share:.1f} %" for share in shares)))
+        shares = (one.clean, one.plain, one.each.get("autoattack"), one.aware, one.flips)
+        told = ("-" if share is None else f"{100 * share:.1f} %" for share in shares)
+        lines.append((one.task, one.gate, *told))
     flags = ["masking flag", *(f"RAISED: {one.flag}" if one.flag else "-" for one in outcomes)]
     print(
         f"eps {EPS * 255:.0f}/255 (linf), {IMAGES} images of {SIZE} x {SIZE}, share of pixels that are right:"
     )
     for line, flag in zip(aligned(lines, left=2), flags, strict=True):
         print(f"{line}  {flag}")
+    print(
+        "\nThe hard gate of the classification task under suite standard and AutoAttack, as classifiers are evaluated:"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        worst = report("hard", folder).worst("trap", EPS, "adaptive").mean()
+        text = (Path(folder) / "robustness.md").read_text(encoding="utf-8")
+    print(f"adaptive worst case: {100 * worst:.1f} %")
+    for line in text.splitlines():
+        if line.startswith("- !"):
+            print(line)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
     """Of one image of `size` (channels, height, width). executed: counted in a pass of a batch of one."""
     model = without_pruned(model)
     total, _ = parameters(model)
-    image = torch.zeros(1, *size, device=next(model.parameters()).device)
+    device = next((one.device for one in model.parameters()), None)
+    image = torch.zeros(1, *size, device=device)
     if not hasattr(model, "pathway"):
         gmacs = counted(model, image)
         return ClassifierCost(total, total, gmacs, 0.0, gmacs)

@@ -24,23 +24,25 @@ from evaluation.beside import FINDINGS, write_beside
 from evaluation.classifier_suites import classifier_members, passes_of
 from evaluation.classifier_tables import (
     AUTOATTACK,
+    SUITE,
     About,
     Clean,
     load_images,
+    read_clean,
     summary,
     write_classifier_tables,
 )
-from evaluation.classifiers import answers, save_answers
+from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
 from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
-from evaluation.robust import attack_all, shard
-from evaluation.suites import Member, extra_members, member
+from evaluation.robust import attack_all, begin, is_complete, shard
+from evaluation.suites import Member, extra_members, member, needs_class_weights
 from evaluation.target_checks import check_targets
-from evaluation.targets import ROUTED, Target, target_of
+from evaluation.targets import ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
 from pipelines.models import load_classifier, require_classes
-from pipelines.segmentation import pick_device
+from pipelines.segmentation import own_gpu, pick_device
 
 NO_LABEL = -1  # ignored label: no image is without one
 CHECKED = 2  # images that the honesty checks of networks look at
@@ -59,58 +61,49 @@ class Loaded:
 
 
 def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | None:
-    """Evaluates every model that the config names; of several processes (torchrun) the first does the clean pass, all
-    do attacks, and who sees the ledgers complete writes the tables."""
-    device = pick_device(options.device)
+    """Evaluates every model that the config names. Of several processes (torchrun) the first does the clean pass, all
+    do attacks, and who sees the ledgers complete writes the tables; None for the others."""
+    device = own_gpu(pick_device(options.device))
     if isinstance(config, Classification):
         config = as_evaluation(config)
     settings, folder = config.evaluate, folder_of(config)
-    begun = any((folder / name).exists() for name in ("ledger", "ledger_autoattack"))
-    if (folder / "results.csv").exists() and not begun and not (options.overwrite or options.dry_run):
+    if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     images = config.data.build(config.data.cache_dir)
     models = {name: load(source, f"models.{name}", images) for name, source in config.models.items()}
     for name in settings.attack_rows or ():
         if name not in models:
             raise UserError(f"evaluate.attack_rows: there is no model {name!r}; allowed: {', '.join(models)}")
-    split = images.split(settings.split)
-    chosen = attacked_images(split, settings)
-    works = works_of(config, images, models, chosen)
-    if options.dry_run:
-        print(
-            "\n".join(
-                [f"{config.name}: {images.describe()}", *(line for one in works for line in one.costs())]
-            )
-        )
-        return None
     for one in models.values():
         one.network.to(device, memory_format=torch.channels_last)
-    clean, about = None, {}
-    if shard()[0] == 0:
-        (folder / "results.csv").unlink(missing_ok=True)
-        clean = clean_pass(config, images, split, models, device)
-        about = {name: about_of(one, images) for name, one in models.items()}
-    complete = {}
-    for work in works:
-        path = folder / work.folder
-        if not attack_all(
-            path,
-            work.scenes,
-            work.targets,
-            work.members,
-            work.setup,
-            device=device,
-            replace=options.overwrite,
-        ):
-            print(f"{work.name}: done here; other processes are still at work on {path}")
-            return clean
-        complete[work.name] = path
-    if clean is None:
+    about = {name: about_of(one, images) for name, one in models.items()}
+    split = images.split(settings.split)
+    works = works_of(config, images, models, attacked_images(split, settings))
+    if options.dry_run:
+        costs = [line for one in works for line in one.costs()]
+        print("\n".join([f"{config.name}: {images.describe()}", *costs]))
         return None
-    suite = works[0] if works and works[0].name == "suite" else None
+    for one in works:
+        begin(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
+    if shard()[0] == 0:
+        for name in ("results.csv", ANSWERS):
+            (folder / name).unlink(missing_ok=True)
+        clean_pass(config, split, models, device)
+    for one in works:
+        attack_all(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
+    ledgers = {one.name: folder / one.folder for one in works}
+    waiting = [path for path in ledgers.values() if not is_complete(path)]
+    if waiting:
+        print(f"done here; other processes are still at work on {', '.join(map(str, waiting))}")
+        return None
+    if not (folder / ANSWERS).exists():
+        print(f"the first process is still at work on the clean images of {folder}")
+        return None
+    clean = read_clean(folder, images.classes, settings.split)
+    suite = next((one for one in works if one.name == SUITE), None)
     write_beside(folder / FINDINGS, check_few(suite, device) if suite and settings.attack_checks else [])
-    write_classifier_tables(folder, clean, about, images.name, complete)
-    results = load_images(complete["suite"]) if suite else None
+    write_classifier_tables(folder, clean, about, images.name, ledgers)
+    results = load_images(ledgers[SUITE]) if suite else None
     print("\n".join(["", *aligned(summary(clean, about, results), left=1), "", f"evaluation: {folder}"]))
     return clean
 
@@ -173,22 +166,17 @@ def about_of(one: Loaded, images: ImageSet) -> About:
 
 
 def clean_pass(
-    config: ClassifierEvaluation,
-    images: ImageSet,
-    split: ImageSplit,
-    models: Mapping[str, Loaded],
-    device: torch.device,
-) -> Clean:
-    """Every model on all images of the split, kept in per_image.npz."""
+    config: ClassifierEvaluation, split: ImageSplit, models: Mapping[str, Loaded], device: torch.device
+) -> None:
+    """Every model on all images of the split, in float32 as under attack; kept in per_image.npz."""
     settings, folder = config.evaluate, folder_of(config)
-    found = {}
-    for name, one in models.items():
-        found[name] = answers(
-            one.network, batches_of(split, settings.batch_size), device, settings.images_seed
-        )
+    with exact_float32(device):
+        found = {
+            name: answers(one.network, batches_of(split, settings.batch_size), device, settings.images_seed)
+            for name, one in models.items()
+        }
     atomic_write(folder / "config.yaml", dump(config.resolved()))
-    save_answers(folder / "per_image.npz", np.asarray(split.names), split.labels, found)
-    return Clean(np.asarray(split.names), split.labels, images.classes, found, settings.split)
+    save_answers(folder / ANSWERS, np.asarray(split.names), split.labels, found)
 
 
 def batches_of(split: ImageSplit, size: int) -> Iterator[tuple[Tensor, int]]:
@@ -199,23 +187,6 @@ def batches_of(split: ImageSplit, size: int) -> Iterator[tuple[Tensor, int]]:
 
 
 # Attacks
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one ledger holds."""
-
-    name: str
-    folder: str
-    scenes: "Scenes"
-    targets: Sequence[Target]
-    members: Mapping[str, Sequence[Member]]
-    setup: Setup
-
-    def costs(self) -> list[str]:
-        """What --dry-run tells."""
-        named = [{"name": name, "batch": 0} for name in self.scenes.split.names]
-        return [f"{self.name}:", *cost_table(manifest_of(self.setup, {}, self.targets, self.members, named))]
 
 
 @dataclass(frozen=True)
@@ -232,63 +203,80 @@ class Scenes:
             yield Scene(images, torch.from_numpy(self.split.labels[rows]).long(), names, names)
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one ledger holds."""
+
+    name: str
+    folder: str
+    scenes: Scenes
+    targets: Sequence[Target]
+    members: Mapping[str, Sequence[Member]]
+    setup: Setup
+
+    @property
+    def parts(self) -> tuple:
+        """As `attack_all` takes them."""
+        return self.scenes, self.targets, self.members, self.setup
+
+    def costs(self) -> list[str]:
+        """What --dry-run tells."""
+        named = [{"name": name, "batch": 0} for name in self.scenes.split.names]
+        return [f"{self.name}:", *cost_table(manifest_of(self.setup, {}, self.targets, self.members, named))]
+
+
+def suite_asked(settings: ClassifierEvaluate) -> bool:
+    """Whether anything but AutoAttack is to attack."""
+    return settings.suite != "none" or any(one.name != "clean" for one in settings.attacks)
+
+
 def attacked_images(split: ImageSplit, settings: ClassifierEvaluate) -> ImageSplit:
-    """evaluate.attack_images of the split, in an order that follows from evaluate.images_seed. UserError for more than
-    there are."""
-    wanted = len(split) if settings.attack_images == "all" else settings.attack_images
-    for key, count in (("attack_images", wanted), ("autoattack", settings.autoattack)):
+    """evaluate.attack_images of the split, in an order that follows from evaluate.images_seed; without a suite those
+    for AutoAttack. UserError for more than there are."""
+    counts = {}
+    if suite_asked(settings):
+        counts["attack_images"] = len(split) if settings.attack_images == "all" else settings.attack_images
+    counts["autoattack"] = settings.autoattack
+    for key, count in counts.items():
         if count > len(split):
             raise UserError(f"evaluate.{key}: {count} of {len(split)} {settings.split} images")
-    order = np.random.default_rng(settings.images_seed).permutation(len(split))
-    return split.take(order[: max(wanted, settings.autoattack)])
+    most = max(counts.values())
+    if suite_asked(settings) and most > counts["attack_images"]:
+        raise UserError(
+            f"evaluate.autoattack: {most} of evaluate.attack_images, {counts['attack_images']}; it takes the first of "
+            "these"
+        )
+    return split.take(np.random.default_rng(settings.images_seed).permutation(len(split))[:most])
 
 
 def works_of(
     config: ClassifierEvaluation, images: ImageSet, models: Mapping[str, Loaded], chosen: ImageSplit
 ) -> list[Work]:
-    """The ledgers that the config asks for."""
+    """The ledgers that the config asks for, on the chosen images."""
     settings, found = config.evaluate, []
     rows = {name: one for name, one in models.items() if name in (settings.attack_rows or models)}
     about = {
         "task": "classification", "dataset": images.name, "split": settings.split, "image_size": list(images.size[1:]),
         "images_seed": settings.images_seed,
     }  # fmt: skip
-
-    def setup(suite: str, eps: Sequence[float], seed: int, **more) -> Setup:
-        return Setup(
-            images.classes,
-            tuple(eps),
-            suite,
-            settings.norm,
-            seed,
-            NO_LABEL,
-            settings.split,
-            "none",
-            {**about, **more},
-        )
-
-    if settings.suite != "none" or any(one.name != "clean" for one in settings.attacks):
-        count = len(chosen) if settings.attack_images == "all" else settings.attack_images
+    shared = {
+        "classes": images.classes, "norm": settings.norm, "seed": settings.attack_seed, "ignore_index": NO_LABEL,
+        "subset": settings.split,
+    }  # fmt: skip
+    if suite_asked(settings):
         targets = targets_of(rows, settings.pathways)
         own = members_of(settings, targets, images.size[1:])
-        scenes = Scenes(chosen.take(np.arange(count)), settings.attack_batch_size)
-        found.append(
-            Work(
-                "suite",
-                "ledger",
-                scenes,
-                targets,
-                own,
-                setup(settings.suite, settings.eps, settings.attack_seed),
-            )
-        )
+        scenes = Scenes(chosen, settings.attack_batch_size)
+        setup = Setup(eps=tuple(settings.eps), suite=settings.suite, about=about, **shared)
+        found.append(Work(SUITE, "ledger", scenes, targets, own, setup))
     if settings.autoattack:
         targets = targets_of(rows, False)
-        own = {one.name: autoattack_members(one) for one in targets}
+        own = {one.name: autoattack_members(one, settings) for one in targets}
         size = settings.autoattack_batch_size
         scenes = Scenes(chosen.take(np.arange(settings.autoattack)), size)
-        asked = setup(AUTOATTACK, [max(settings.eps)], settings.attack_seed, batch=size)
-        found.append(Work(AUTOATTACK, "ledger_autoattack", scenes, targets, own, asked))
+        about = {**about, "batch": size}
+        setup = Setup(eps=(max(settings.eps),), suite=AUTOATTACK, about=about, **shared)
+        found.append(Work(AUTOATTACK, "ledger_autoattack", scenes, targets, own, setup))
     return found
 
 
@@ -322,28 +310,26 @@ def members_of(
         own[one.name] += extra_members(
             settings.attacks, one.kind, one.num_experts, size, own[one.name], one.conditional
         )
+        for attack in filter(needs_class_weights, own[one.name]):
+            raise UserError(
+                f"evaluate.attacks: {attack.name}: loss balanced_masked_ce weighs classes by their pixels; it is for "
+                "label maps"
+            )
     return own
 
 
-def autoattack_members(target: Target) -> list[Member]:
-    """AutoAttack on the whole model, and on every pathway of a mixture."""
-    found = [
-        member(
-            AUTOATTACK,
-            {"name": "autoattack"},
-            "common",
-            target.kind,
-            target.num_experts,
-            conditional=target.conditional,
-        )
+def autoattack_members(target: Target, settings: ClassifierEvaluate) -> list[Member]:
+    """AutoAttack on the whole model and, where asked for, on every pathway of a mixture."""
+
+    def one(name: str, column: str, **more) -> Member:
+        attack = {"name": "autoattack", "seed": settings.attack_seed, **more}
+        return member(name, attack, column, target.kind, target.num_experts, conditional=target.conditional)
+
+    paths = range(target.num_experts if settings.pathways and target.kind in ROUTED else 0)
+    return [
+        one(AUTOATTACK, "common"),
+        *(one(f"{AUTOATTACK}{PATH}{expert}", "adaptive", pathway=expert) for expert in paths),
     ]
-    for expert in range(target.num_experts if target.kind in ROUTED else 0):
-        attack = {"name": "autoattack", "pathway": expert}
-        name = f"{AUTOATTACK}{PATH}{expert}"
-        found.append(
-            member(name, attack, "adaptive", target.kind, target.num_experts, conditional=target.conditional)
-        )
-    return found
 
 
 def check_few(work: Work, device: torch.device) -> list:

@@ -1,6 +1,5 @@
 """The evaluation pipeline: everything a config names in one pass over the frames, then tables and pictures."""
 
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines import corruptions, robustness
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo, subsets_of
-from pipelines.segmentation import evaluation_batches, pick_device, refuse_bad_data
+from pipelines.segmentation import evaluation_batches, own_gpu, pick_device, refuse_bad_data
 from reports.figures import overlay, shown_rows
 
 
@@ -65,13 +64,6 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     if attacked:
         robustness.attack_rows(config, index, zoo, device, folder, subsets, options.overwrite)
     return results
-
-
-def own_gpu(device: torch.device) -> torch.device:
-    """Of several processes on a machine (torchrun) each takes a GPU of its own, unless one is named."""
-    local = os.environ.get("LOCAL_RANK")
-    alone = device.type != "cuda" or device.index is not None or local is None
-    return device if alone else torch.device("cuda", int(local))
 
 
 def clean_matrix(

@@ -1,5 +1,6 @@
 """The training pipeline: a config's data, network and loss, handed to the engine."""
 
+import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from importlib import import_module
@@ -387,3 +388,10 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: there is no such GPU ({torch.cuda.device_count()} found); use cpu or auto"
         )
     return device
+
+
+def own_gpu(device: torch.device) -> torch.device:
+    """Of several processes on a machine (torchrun) each takes a GPU of its own, unless one is named."""
+    local = os.environ.get("LOCAL_RANK")
+    alone = device.type != "cuda" or device.index is not None or local is None
+    return device if alone else torch.device("cuda", int(local))

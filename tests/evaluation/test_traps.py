@@ -6,7 +6,8 @@ import torch
 from attacks.search import scores
 from attacks.threat import Threat
 from evaluation import traps
-from evaluation.traps import CLASSES, EPS, GATE_AWARE, GATES, MARGIN, PLAIN, TASKS, Trap
+from evaluation.classifier_tables import load_images
+from evaluation.traps import CLASSES, EPS, GATE_AWARE, GATES, MARGIN, TASKS, Trap, plain_attacks
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,8 @@ def test_a_hard_gate_is_robust_to_plain_attacks_and_falls_to_those_that_know_it(
     found = outcomes[task, "hard"]
     assert (found.clean, found.plain, found.aware, found.flips) == (1, 1, 0, 1)
     assert found.flag == "gate-aware attacks find 100.0 points more; the loss has no gradient by the gate"
-    assert all(found.each[name] == 1 for name in PLAIN)
+    assert all(found.each[name] == 1 for name in plain_attacks(task))
+    assert ("autoattack" in found.each) == (task == "classification")
     through_the_gate = {"soft_gate", "route_first", "joint", "weakest_expert", "gate_only"}
     assert {name for name in GATE_AWARE if found.each[name] == 0} == through_the_gate
     assert all(found.each[name] == 1 for name in GATE_AWARE.keys() - through_the_gate)  # the expert is robust
@@ -30,7 +32,7 @@ def test_a_hard_gate_is_robust_to_plain_attacks_and_falls_to_those_that_know_it(
 def test_the_same_gate_with_a_gradient_falls_to_plain_attacks(outcomes, task, gate):
     found = outcomes[task, gate]
     assert (found.clean, found.plain, found.aware, found.flag) == (1, 0, 0, "")
-    assert found.each["pgd"] == 0
+    assert found.each["pgd"] == found.each.get("autoattack", 0) == 0
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -79,13 +81,38 @@ def test_a_soft_gate_that_is_decided_to_the_last_bit_is_blind_too(monkeypatch, s
     assert traps.gate_is_blind(model, images, labels, Threat(EPS, ignore_index=None)) is blind
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_evaluated_as_a_classifier_the_tables_say_why_it_is_not_robust(gate, tmp_path):
+    """The standard suite takes all of them to 0; of the hard gate alone the checks say that plain attacks are blind."""
+    results = traps.report(gate, tmp_path)
+    assert results.clean("trap").all()
+    assert not results.worst("trap", EPS, "adaptive").any()
+    assert results.worst("trap", EPS, "common").all() == (gate == "hard")
+    auto = load_images(tmp_path / "ledger_autoattack")
+    assert auto.under("trap", EPS, ["autoattack"]).all() == (gate == "hard")
+    text = (tmp_path / "robustness.md").read_text()
+    for told in (
+        "gradients are masked, the common figure means nothing",
+        "an attack on the gate alone takes 100.00 points of accuracy from the white-box attacks' 100.00 %",
+        "the router hides its gradient from AutoAttack, whose figure means nothing",
+    ):
+        assert (told in text) == (gate == "hard")
+    (row,) = [line for line in text.splitlines() if line.startswith("| trap ")][:1]
+    adaptive = row.split("|")[6].split()[0]
+    assert adaptive == "0.00*"
+
+
 def test_what_is_printed(outcomes, monkeypatch, capsys):
     monkeypatch.setattr(traps, "spring", lambda task, gate: outcomes[task, gate])
     traps.main()
     head, titles, *lines = capsys.readouterr().out.splitlines()
     assert head.startswith("eps 8/255 (linf), 8 images of 16 x 16")
     assert titles.split("  ")[0] == "task" and titles.endswith("masking flag")
-    for task, line in zip(TASKS, lines[::3], strict=True):
-        assert line.split()[:9] == [task, "hard", "100.0", "%", "100.0", "%", "0.0", "%", "100.0"]
-        assert "RAISED: gate-aware" in line
+    for task, line in zip(TASKS, lines[:6:3], strict=True):
+        auto = ["100.0", "%"] if task == "classification" else ["-"]
+        expected = [task, "hard", "100.0", "%", "100.0", "%", *auto, "0.0", "%", "100.0", "%", "RAISED:"]
+        assert line.split()[: len(expected)] == expected
+    assert lines[1].split()[:8] == ["classification", "soft", "100.0", "%", "0.0", "%", "0.0", "%"]
     assert sum("RAISED" in line for line in lines) == 2
+    place = lines.index("adaptive worst case: 0.0 %")
+    assert any("whose figure means nothing" in line for line in lines[place:])
