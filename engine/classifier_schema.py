@@ -36,14 +36,16 @@ class RouterTraining(Section):
     """How the router is trained where that is a phase of its own (method: advmoe)."""
 
     target: Literal["task", "label_mod", "cluster", "none"] = Field(
-        "task",
+        "label_mod",
         description="what it learns: task (the mixture's own loss, through the straight-through gradient), label_mod "
         "(label modulo the experts, as in the published code), cluster (a k-means cluster of the image), none",
     )
     attack: Literal["router", "joint"] = Field(
         "router", description="what its images are attacked for: its own scores, or these and the logits"
     )
-    beta: NonNegative = Field(6.0, description="weight of the divergence of its scores under attack")
+    beta: NonNegative = Field(
+        1.0, description="weight of the divergence of its scores under attack, beside that of the target, 1"
+    )
     balance: NonNegative = Field(
         0.0,
         description="weight of a loss that lowers the scores of experts with more than their share of images",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,6 +87,11 @@ class Body(nn.Module):
         if routes is None or self.granularity == "layer":
             return self.classify(self.run(self.stem(images), routes, self.stages))
         features, inside = self.stem(images), [route.sorted() for route in routes]
+        if self.granularity == "model" and routes[0].one_hot and not self.training:
+            # norms keep to each image then, so that the images of each expert go through on their own
+            parts = routes[0].apart(routes[0].sort(features))
+            logits = [self.classify(self.run(part, [own], self.stages)) for part, own in parts]
+            return routes[0].unsort(torch.cat(logits))
         if self.granularity == "model":
             features = self.run(routes[0].sort(features), inside, self.stages)
             return routes[0].unsort(self.classify(features))

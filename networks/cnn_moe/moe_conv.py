@@ -9,6 +9,22 @@ from torch import Tensor, nn
 from networks.cnn_moe.routes import Route
 
 
+class TimesOne(torch.autograd.Function):
+    """Answers [B, C, H, W] times weights [B] that are all exactly 1: the answers themselves, and the weights' gradient
+    without the two products."""
+
+    @staticmethod
+    def forward(ctx, answers: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(answers)
+        ctx.dtype = weights.dtype
+        return answers.view_as(answers)
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor]:
+        (answers,) = ctx.saved_tensors
+        return slope, (slope * answers).sum(dim=(1, 2, 3), dtype=ctx.dtype)
+
+
 class ExpertConv(nn.Module):
     """A convolution with a weight of its own for each expert; num_experts 1 is a plain one.
 
@@ -37,16 +53,22 @@ class ExpertConv(nn.Module):
         weights = self.weight.chunk(self.num_experts)
         biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
         images = route.sort(images)
-        answers = []
+        if route.one_hot:
+            parts = images.split([share.rows.stop - share.rows.start for share in route.shares])
+            answers = [
+                self.convolve(part, weights[share.expert], biases[share.expert])
+                for share, part in zip(route.shares, parts, strict=True)
+            ]
+            answer = torch.cat(answers) if len(answers) > 1 else answers[0]
+            if route.shares[0].weight is not None:
+                answer = TimesOne.apply(answer, torch.cat([share.weight for share in route.shares]))
+            return route.unsort(answer)
+        mixed = None
         for share in route.shares:
             answer = self.convolve(images[share.rows], weights[share.expert], biases[share.expert])
             if share.weight is not None:
                 answer = answer * share.weight.to(answer.dtype).view(-1, 1, 1, 1)
-            answers.append(answer)
-        if route.one_hot:
-            return route.unsort(torch.cat(answers) if len(answers) > 1 else answers[0])
-        mixed = answers[0].new_zeros(len(images), *answers[0].shape[1:])
-        for share, answer in zip(route.shares, answers, strict=True):
+            mixed = answer.new_zeros(len(images), *answer.shape[1:]) if mixed is None else mixed
             mixed = mixed.index_add(0, share.rows, answer)
         return mixed
 

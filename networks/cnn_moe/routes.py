@@ -33,6 +33,14 @@ class Route:
     def unsort(self, batch: Tensor) -> Tensor:
         return batch if self.back is None else batch[self.back]
 
+    def apart(self, batch: Tensor) -> "list[tuple[Tensor, Route]]":
+        """Of a one-hot route the rows of a sorted batch that take each expert, with the route of these alone."""
+        sizes = [share.rows.stop - share.rows.start for share in self.shares]
+        return [
+            (part, Route((Share(share.expert, slice(0, len(part)), share.weight),), True))
+            for part, share in zip(batch.split(sizes), self.shares, strict=True)
+        ]
+
     def sorted(self) -> "Route":
         """The same for a batch that has been sorted already."""
         return Route(self.shares, self.one_hot)
