@@ -35,6 +35,7 @@ from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
 
 SUITE = "suite"
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
+MOST_LABELS = 20  # of which each has a line in a table
 ROUTE_COLUMNS = ("model", "label", "expert", "images")
 OF_ATTACKS = ("robustness.md", "checks.csv", "timing.csv", "telemetry.csv")  # tables that only attacks have
 TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
@@ -139,6 +140,8 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
     routed = {model: own for model, own in clean.answers.items() if own.alone is not None}
     if routed:
         lines += ["", "## Routing", "", *routing_lines(clean, routed)]
+    if routed and len(clean.classes) > MOST_LABELS:
+        return "\n".join([*lines, "", "Images of each label that take each expert: routes.csv."]) + "\n"
     for model, own in routed.items():
         lines += ["", f"## {model}: images of each label that take each expert", ""]
         table = labels_by_expert(own, clean.labels, len(clean.classes))
