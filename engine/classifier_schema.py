@@ -1,12 +1,13 @@
 """The config of a classifier: an image set, a CNN, and how it is trained and attacked."""
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator
 
 from engine.components import Component, Named
 from engine.errors import Mistake, Mistakes, wrong
-from engine.schema import Attack, BasicTrain, Optimizer, Schedule, each_once
+from engine.schema import Attack, BasicTrain, Optimizer, Schedule, each_once, run_or
 from engine.sections import ComponentSection, Config, Section
 from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
 from engine.yaml_source import expand
@@ -154,16 +155,7 @@ class ClassifierEvaluate(Section):
     )
 
 
-GUESTS = "networks:GUEST_CLASSIFIERS"
-
-
-def _run_or_guest(value: Any) -> str | Component:
-    if isinstance(value, str) and value:
-        return value
-    if not isinstance(value, dict | Component):
-        told = "a run folder, a checkpoint file, or a network such as {name: external, file: FILE}"
-        raise Mistakes(wrong(value, told))
-    return Named(GUESTS).validate(value)
+Source = Annotated[str | Component, PlainValidator(partial(run_or, "networks:GUEST_CLASSIFIERS"))]
 
 
 class ClassifierEvaluation(Config):
@@ -172,7 +164,7 @@ class ClassifierEvaluation(Config):
     name: Name = Field(description="name of the evaluation; its folder is OUTPUT/NAME")
     output: Text = Field("runs", description="folder of the run folders")
     data: ImageData = Field(description="image set")
-    models: dict[Name, Annotated[str | Component, PlainValidator(_run_or_guest)]] = Field(
+    models: dict[Name, Source] = Field(
         description="row -> run folder, checkpoint file, or a network section such as "
         "{name: external, file: my_net.py} that brings its own weights"
     )

@@ -371,14 +371,19 @@ class Evaluate(Section):
     ceilings: Bool = Field(True, description="rows that bound a gate: oracle_expert, best_gate")
 
 
-def _run_or_network(value: Any) -> str | Component:
+def run_or(table: str, value: Any) -> str | Component:
+    """A path as it is, a network of the table as a component."""
     if isinstance(value, str) and value:
         return value
     if not isinstance(value, dict | Component):
         told = "a run folder, a checkpoint file, or a network such as {name: external, file: FILE}"
         raise Mistakes(wrong(value, told))
-    network = Named("networks:NETWORKS").validate(value)
-    if network.name != "external":
+    return Named(table).validate(value)
+
+
+def _run_or_network(value: Any) -> str | Component:
+    network = run_or("networks:NETWORKS", value)
+    if isinstance(network, Component) and network.name != "external":
         told = f"{network.name} has no weights of its own; name the run folder of a trained one"
         raise Mistakes(Mistake(("name",), told))
     return network

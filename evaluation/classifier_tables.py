@@ -27,7 +27,7 @@ from evaluation.plan import units_of
 from evaluation.record_checks import GAP, check_manifest
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
-from evaluation.robust_tables import eps_text
+from evaluation.robust_tables import eps_text, in_words
 from evaluation.statistics import Estimate, clopper_pearson
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
@@ -43,8 +43,8 @@ TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
 
 @dataclass(frozen=True)
 class About:
-    """What stands beside a model's accuracy. kind: its network. gmacs: of a pass; rise: how much the validation's
-    robust accuracy rose over the last fifth of training (None: not known)."""
+    """What stands beside a model's accuracy. kind: its network. gmacs: of a pass; pathway, router: of these alone;
+    rise: how much the validation's robust accuracy rose over the last fifth of training (None: not known)."""
 
     kind: str
     parameters: int
@@ -122,7 +122,8 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
         "",
         f"- {dataset}, {count} {clean.split} images, {len(clean.classes)} classes; top-1 in percent with its exact "
         "95 % interval (Clopper-Pearson).",
-        "- GMACs per image: what runs for it, router included. Parameters: all, and those that an image meets.",
+        "- GMACs per image: what runs for it; of a mixture (its pathway + the router). Parameters: all, and those "
+        "that an image meets.",
         "- rise: how much the robust accuracy of the validation images rose over the last fifth of training; where it "
         "is 0.5 points or more, training had not ended, and nothing is ranked.",
         "",
@@ -133,7 +134,7 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
         figures, one = accuracies(own, clean.labels, len(clean.classes)), about[model]
         cells.append([
             model, one.kind, one.method or "-", told(*figures["top1"]),
-            told(*figures["top5"]) if "top5" in figures else "-", f"{one.gmacs:.4f}", f"{one.parameters:,}",
+            told(*figures["top5"]) if "top5" in figures else "-", gmacs_of(one), f"{one.parameters:,}",
             f"{one.active:,}", "-" if one.rise is None else points(one.rise),
         ])  # fmt: skip
     lines += markdown_table(titles, cells, left=3)
@@ -152,6 +153,12 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
         ]
         lines += markdown_table(["label", *(f"expert {one}" for one in range(table.shape[1]))], shown, left=1)
     return "\n".join(lines) + "\n"
+
+
+def gmacs_of(one: About) -> str:
+    """Of a pass, with its parts where it has two."""
+    parts = f" ({one.pathway:.4f} + {one.router:.4f})" if one.router else ""
+    return f"{one.gmacs:.4f}{parts}"
 
 
 def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
@@ -317,12 +324,7 @@ def robust_markdown(results: ImageResults | None, auto: ImageResults | None, fin
 
 def header_lines(results: ImageResults) -> list[str]:
     """What has to be told beside the figures."""
-    protocol, manifest = results.protocol, results.manifest
-    about = ", ".join(
-        f"{key.replace('_', ' ')} {value if not isinstance(value, list) else ' x '.join(map(str, value))}"
-        for key, value in protocol.items()
-        if key not in ("classes", "ignore_index") and value != "none"
-    )
+    manifest, about = results.manifest, in_words(results.protocol)
     return [
         f"Suite {manifest['suite']} on {len(results.images)} images of {manifest['subset']}; {about}.",
         "Figures are shares of these images in percent with their exact 95 % interval (Clopper-Pearson).",
@@ -490,7 +492,7 @@ def timing_rows(ledger: str, results: ImageResults, seconds: Mapping[str, float]
     ]  # fmt: skip
 
 
-def summary(clean: Clean, about: Mapping[str, About], results: ImageResults | None) -> list[list[str]]:
+def summary(clean: Clean, results: ImageResults | None) -> list[list[str]]:
     """Cells for a terminal: clean top-1 of all images, and the adaptive worst case at each eps."""
     eps = results.ladder if results is not None else ()
     lines = [["top-1 in %", "clean", *(f"eps {eps_text(one)}" for one in eps)]]

@@ -196,14 +196,18 @@ def robust_summary(results: RobustResults) -> list[str]:
     return aligned([*lines, [FLOOR, *[floor] * (1 + len(results.ladder))]], left=1)
 
 
-def header_lines(results: RobustResults) -> list[str]:
-    """What has to be told beside the figures."""
-    protocol, manifest = results.protocol, results.manifest
-    about = ", ".join(
+def in_words(protocol: Mapping) -> str:
+    """The protocol of a ledger for people."""
+    return ", ".join(
         f"{key.replace('_', ' ')} {value if not isinstance(value, list) else ' x '.join(map(str, value))}"
         for key, value in protocol.items()
         if key not in ("classes", "ignore_index") and value != "none"
     )
+
+
+def header_lines(results: RobustResults) -> list[str]:
+    """What has to be told beside the figures."""
+    manifest, about = results.manifest, in_words(results.protocol)
     units = results.resamples.units
     interval = f"95 % bootstrap over {units} blocks of images"
     if units < FEWEST_UNITS:

@@ -12,20 +12,36 @@ from attacks.pgd import pgd
 from attacks.pixel_losses import image_loss
 from attacks.routed import Inside, look_inside
 from attacks.search import scores
-from attacks.threat import Threat, random_point, refuse_bad_images
+from attacks.threat import Threat, random_point, refuse_bad_images, seed_of
 from engine.config import Component
 from evaluation.active_test import active_test
 from evaluation.findings import Finding
 from evaluation.formats import percent
+from evaluation.plan import Scene, Setup
 from evaluation.record_checks import ALARM, WHITE_BOX
 from evaluation.suites import Member
 from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
 
+CHECKED = 2  # images of a batch that are looked at
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it
 SAME_LOGITS = 1e-4  # of the largest logit: what another batch may change by rounding
 UNSTABLE = 0.1  # of answers that noise may change
 LEFT = 0.05  # of the pixels that an attack without bounds may leave
 SLOPE_ERROR = 0.1  # relative, of a derivative against finite differences
+
+
+def check_first(
+    scene: Scene,
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    device: torch.device,
+) -> list[Finding]:
+    """`check_targets` on the first CHECKED images of a batch, at the largest eps."""
+    images, labels = (part[:CHECKED].to(device) for part in (scene.images, scene.labels))
+    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
+    threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
+    return check_targets(targets, images, labels, threat, members)
 
 
 def check_targets(

@@ -20,6 +20,7 @@ from networks.resize import pad_to, upsample
 # What a routed network or an ensemble offers to adaptive attacks and to evaluation, beside its logits.
 OFFERED = {
     "combine",
+    "conditional",
     "expert_logits",
     "expert_names",
     "forward_given",
@@ -91,15 +92,17 @@ class External(nn.Module):
 
     def forward_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, num_classes, h, w] as the network gives them and its features, [B, 0, 1, 1] without any."""
-        entering = images
-        if self.changes_images:
-            entering = pad_to(self.normalize(images), self.stride)
+        entering = self.entered(images)
         if self.feature_channels:
             logits, features = self.network.forward_features(entering)
         else:
             logits, features = self.network(entering), images.new_empty(len(images), 0, 1, 1)
         self.refuse_other_than_logits(logits, len(images))
         return logits, features
+
+    def entered(self, images: torch.Tensor) -> torch.Tensor:
+        """What the network is given."""
+        return pad_to(self.normalize(images), self.stride) if self.changes_images else images
 
     def refuse_other_than_logits(self, logits: Any, images: int) -> None:
         sites = "".join(f", {site}" for site in self.sites)
@@ -120,39 +123,13 @@ class External(nn.Module):
 
 class ExternalClassifier(External):
     """A classifier of your own: FUNCTION of FILE returns any callable from images [B, C, H, W] in [0, 1] to logits
-    [B, classes]; the rest as in `External`.
-
-    Args:
-        num_classes: number of classes.
-        file: Python file; it may import files beside it.
-        function: function of the file that returns the network; it is given num_classes if it has a parameter
-            of that name.
-        args: further arguments for the function, by name.
-        mean: of a normalisation in front of the network, in units of [0, 1]; null: images stay as they are.
-        std: like mean.
-        sha256: of the file; any other file is refused. null: whatever the file holds.
-    """
+    [B, classes]; keys and mistakes as in `External`."""
 
     sites = ()
 
-    def __init__(
-        self,
-        num_classes: int,
-        *,
-        file: str,
-        function: str = "build",
-        args: dict | None = None,
-        mean: tuple[float, float, float] | None = None,
-        std: tuple[float, float, float] | None = None,
-        sha256: str | None = None,
-    ):
-        super().__init__(
-            num_classes, file=file, function=function, args=args, mean=mean, std=std, sha256=sha256
-        )
-
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [0, 1] -> logits [B, num_classes]."""
-        logits = self.network(self.normalize(images) if self.changes_images else images)
+        logits = self.network(self.entered(images))
         self.refuse_other_than_logits(logits, len(images))
         return logits
 

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attacks.threat import Threat, seed_of
 from dataloaders.image_set import ImageSet, ImageSplit
 from engine.config import (
     Classification,
@@ -19,6 +18,7 @@ from engine.config import (
     UserError,
     dump,
 )
+from engine.pathways import NO_LABEL
 from engine.runs import atomic_write
 from evaluation.beside import FINDINGS, write_beside
 from evaluation.classifier_suites import classifier_members, passes_of
@@ -38,14 +38,12 @@ from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all, begin, is_complete, shard
 from evaluation.suites import Member, extra_members, member, needs_class_weights
-from evaluation.target_checks import check_targets
+from evaluation.target_checks import check_first
 from evaluation.targets import ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
 from pipelines.models import load_classifier, require_classes
 from pipelines.segmentation import own_gpu, pick_device
 
-NO_LABEL = -1  # ignored label: no image is without one
-CHECKED = 2  # images that the honesty checks of networks look at
 FIFTH = 5  # of the epochs: the last one tells whether training had ended
 
 
@@ -101,10 +99,12 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
         return None
     clean = read_clean(folder, images.classes, settings.split)
     suite = next((one for one in works if one.name == SUITE), None)
-    write_beside(folder / FINDINGS, check_few(suite, device) if suite and settings.attack_checks else [])
+    checked = suite is not None and settings.attack_checks
+    found = check_first(next(iter(suite.scenes)), *suite.parts[1:], device) if checked else []
+    write_beside(folder / FINDINGS, found)
     write_classifier_tables(folder, clean, about, images.name, ledgers)
     results = load_images(ledgers[SUITE]) if suite else None
-    print("\n".join(["", *aligned(summary(clean, about, results), left=1), "", f"evaluation: {folder}"]))
+    print("\n".join(["", *aligned(summary(clean, results), left=1), "", f"evaluation: {folder}"]))
     return clean
 
 
@@ -330,12 +330,3 @@ def autoattack_members(target: Target, settings: ClassifierEvaluate) -> list[Mem
         one(AUTOATTACK, "common"),
         *(one(f"{AUTOATTACK}{PATH}{expert}", "adaptive", pathway=expert) for expert in paths),
     ]
-
-
-def check_few(work: Work, device: torch.device) -> list:
-    """The honesty checks that run the networks, on the first CHECKED images and at the largest eps."""
-    setup, scene = work.setup, next(iter(work.scenes))
-    images, labels = (part[:CHECKED].to(device) for part in (scene.images, scene.labels))
-    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
-    threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
-    return check_targets(work.targets, images, labels, threat, work.members)

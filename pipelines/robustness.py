@@ -1,6 +1,6 @@
 """Rows of an evaluation under attack: from networks of a zoo to targets, a ledger, and tables beside the clean ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,20 +14,18 @@ from engine.config import Component, Evaluate, Evaluation, UserError
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.detectors import cost, detection_rows
-from evaluation.findings import Finding
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all
 from evaluation.robust_tables import eps_text, robust_summary, write_robust
 from evaluation.suites import Member, extra_members, members, needs_class_weights
-from evaluation.target_checks import check_targets
+from evaluation.target_checks import check_first
 from evaluation.targets import Target, target_of
 from evaluation.transfer import transfer
 from networks.ensemble import Ensemble
 from pipelines.matrix import Zoo, is_whole, load_zoo, subsets_of
 from pipelines.segmentation import evaluation_batches
 
-CHECKED = 2  # images that the honesty checks of networks look at
 ENSEMBLE = "ensemble "  # before the name of its rule: the name of its row
 
 
@@ -56,7 +54,7 @@ def attack_rows(
     if not attack_all(ledger, scenes, targets, own, setup, device=device, replace=overwrite):
         print(f"robustness: done here; other processes are still at work on {ledger}")
         return False
-    found = check_few(scenes, targets, own, setup, device) if settings.attack_checks else []
+    found = check_first(next(iter(scenes)), targets, own, setup, device) if settings.attack_checks else []
     write_beside(folder / FINDINGS, found)
     write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
     source = {"ledger": read_manifest(ledger), "transfer": settings.transfer and settings.transfer.plain()}
@@ -83,21 +81,6 @@ def scenes_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> 
     """The fixed batches of frames that are attacked."""
     frames, size = attacked_frames(config, index, subsets), config.evaluate.attack_batch_size
     return Scenes(evaluation_batches(config.data, index, frames, size, "network"))
-
-
-def check_few(
-    scenes: "Scenes",
-    targets: Sequence[Target],
-    own: Mapping[str, Sequence[Member]],
-    setup: Setup,
-    device: torch.device,
-) -> list[Finding]:
-    """The honesty checks that run the networks, on the first CHECKED images and at the largest eps."""
-    scene = next(iter(scenes))
-    images, labels = (part[:CHECKED].to(device) for part in (scene.images, scene.labels))
-    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
-    threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
-    return check_targets(targets, images, labels, threat, own)
 
 
 def transfer_rows(
