@@ -73,6 +73,15 @@ def test_what_is_done_stays_and_what_changed_runs_again(line, capsys):
     assert "mixture: done" in told and "evaluation: to run" in told
 
 
+def test_run_folders_that_moved_are_still_the_same_runs(line, capsys):
+    (line / "runs").rename(line / "elsewhere")
+    try:
+        run(line, f"output={line / 'elsewhere'}", why=True)
+        assert capsys.readouterr().out.count(": done") == 3
+    finally:
+        (line / "elsewhere").rename(line / "runs")
+
+
 def test_a_dry_run_says_what_waits(line, capsys):
     run(line, "name=other", dry_run=True)
     told = capsys.readouterr().out
