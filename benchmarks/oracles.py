@@ -1,10 +1,12 @@
 """Our attacks against figures that others measured, on the folder of sample data that MOE_DATA names (minutes).
 
-    MOE_DATA=... python -m benchmarks.oracles [--only apgd|robust] [--images 200] [--device cuda]
+    MOE_DATA=... python -m benchmarks.oracles [--only apgd|robust|autoattack] [--images 200] [--device cuda]
 
 apgd: pyautoattack's APGD (CE, 100 steps, one restart) and ours on the CIFAR-10 ResNet-18 of its wheel, on the first
 images of cifar10_jpeg that make up equal parts of the classes; robust accuracy may differ by one point.
 robust: PGD-20 on the provably robust network of weights/cifar10_robust, all 6,670 test images, at 2/255 and 8/255.
+autoattack: the standard AutoAttack on that ResNet-18 at 0.5/255, by an evaluation with its ledger, which goes on where
+it was stopped (runs/oracle_autoattack), and called directly on the same batches: the same answers, image by image.
 Exits with an error where a figure is not met.
 """
 
@@ -22,6 +24,7 @@ import numpy as np
 import pyautoattack
 import torch
 from PIL import Image
+from pyautoattack import AutoAttack
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
@@ -30,16 +33,23 @@ from attacks.clean import clean
 from attacks.pgd import pgd
 from attacks.threat import Threat
 from benchmarks.timing import report
+from engine.config import from_dict
+from evaluation.classifier_tables import AUTOATTACK, load_images
+from evaluation.robust import is_complete
+from pipelines.classifier_evaluation import evaluate, folder_of
+from pipelines.cli import Options
 
 # eps in 1/255 -> (robust accuracy in %, tolerance): weights/README.md of the sample data
 EXPECTED = {0: (53.9, 0.1), 2: (45.3, 0.5), 8: (20.7, 0.7)}
 BATCH = 200
+AUTOATTACK_EPS, AUTOATTACK_BATCH = 0.5 / 255, 25
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=("apgd", "robust"), help="one of the two (both)")
-    parser.add_argument("--images", type=int, default=200, help="images of the comparison with pyautoattack")
+    parser.add_argument("--only", choices=tuple(ORACLES), help="one of them (all)")
+    parser.add_argument("--images", type=int, default=200, help="images of the comparison with pyautoattack's APGD")
+    parser.add_argument("--autoattack-images", type=int, default=50, help="of that with its AutoAttack (%(default)s)")
     parser.add_argument("--robust-images", type=int, help="of the robust network (all; fewer are not judged)")
     parser.add_argument("--steps", type=int, default=100, help="of APGD (%(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -48,11 +58,7 @@ def main() -> None:
     if "MOE_DATA" not in os.environ:
         raise SystemExit("MOE_DATA is unset; it has to name the folder of sample data")
     data = Path(os.environ["MOE_DATA"])
-    wrong = []
-    if options.only != "robust":
-        wrong += against_pyautoattack(data, options)
-    if options.only != "apgd":
-        wrong += robust_network(data, options)
+    wrong = [told for name in ORACLES if options.only in (None, name) for told in ORACLES[name](data, options)]
     if wrong:
         raise SystemExit("not met: " + "; ".join(wrong))
 
@@ -103,6 +109,51 @@ def robust_network(data: Path, options: argparse.Namespace) -> list[str]:
         options.out and options.out / "oracle_robust.json",
     )
     return wrong
+
+
+def autoattack_directly(data: Path, options: argparse.Namespace) -> list[str]:
+    config = from_dict({
+        "name": "oracle_autoattack",
+        "data": {"name": "cifar", "root": str(data / "cifar10_jpeg"), "classes": 10, "val_images": 500},
+        "models": {"wheel": {"name": "external", "file": __file__, "function": "wheel_network"}},
+        "evaluate": {
+            "suite": "none", "eps": [AUTOATTACK_EPS], "autoattack": options.autoattack_images,
+            "autoattack_batch_size": AUTOATTACK_BATCH,
+        },
+    })  # fmt: skip
+    ledger = folder_of(config) / "ledger_autoattack"
+    if not (ledger.exists() and is_complete(ledger)):
+        evaluate(config, Options(device=options.device, overwrite=(folder_of(config) / "results.csv").exists()))
+    results = load_images(ledger)
+    ours = results.under("wheel", AUTOATTACK_EPS, [AUTOATTACK])
+    split = config.data.build(config.data.cache_dir).split("test")
+    place = {name: row for row, name in enumerate(split.names)}
+    rows = [place[name] for name in results.images]
+    images = torch.from_numpy(split.images[rows]).float().to(options.device) / 255
+    labels = torch.from_numpy(split.labels[rows]).long().to(options.device)
+    theirs = np.concatenate([
+        directly(part, own, options.device)
+        for part, own in zip(images.split(AUTOATTACK_BATCH), labels.split(AUTOATTACK_BATCH), strict=True)
+    ])  # fmt: skip
+    other = [name for name, one, two in zip(results.images, ours, theirs, strict=True) if one != two]
+    report(
+        f"Right answers under AutoAttack, ResNet-18 of pyautoattack's wheel, {len(rows)} images",
+        ("eps", "called directly", "through our ledger", "images that differ"),
+        [("0.5/255", f"{theirs.sum()}", f"{ours.sum()}", f"{len(other)}")],
+        f"Standard version, batches of {AUTOATTACK_BATCH}, linf, {options.device}; without attack "
+        f"{results.clean('wheel').sum()} are right.",
+        options.out and options.out / "oracle_autoattack.json",
+    )
+    return [f"AutoAttack differs on {', '.join(other)}"] if other else []
+
+
+def directly(images: Tensor, labels: Tensor, device: str) -> np.ndarray:
+    """Whether each image is still right, by pyautoattack alone; layout as in evaluations."""
+    model = wheel_network().to(device, memory_format=torch.channels_last)
+    attack = AutoAttack(model, norm="Linf", eps=AUTOATTACK_EPS, seed=0, version="standard", device=device)
+    found, _ = attack.run_standard_evaluation(images, labels, batch_size=len(images))
+    with torch.no_grad():
+        return (model(found).argmax(dim=1) == labels).cpu().numpy()
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, eps: float, attack: Callable, **keys) -> float:
@@ -182,6 +233,8 @@ def provably_robust(path: Path) -> nn.Module:
     network.load_state_dict(weights)
     return Scaled(network, (0.485, 0.456, 0.406), 0.225).eval().requires_grad_(False)
 
+
+ORACLES = {"apgd": against_pyautoattack, "robust": robust_network, "autoattack": autoattack_directly}
 
 if __name__ == "__main__":
     main()
