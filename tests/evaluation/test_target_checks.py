@@ -11,6 +11,7 @@ from attacks.threat import Threat
 from engine.config import UserError, component
 from evaluation import target_checks as checks
 from evaluation.findings import INDICATORS
+from evaluation.plan import Scene, Setup
 from evaluation.stand_ins import SIZE as ROWS
 from evaluation.stand_ins import STAND_INS
 from evaluation.suites import Member, members
@@ -49,6 +50,20 @@ def trap(gate):
         labels,
         Threat(EPS, ignore_index=None, seeds=tuple(range(COUNT))),
     )
+
+
+def test_the_first_images_of_a_batch_are_checked_at_the_largest_eps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(checks, "check_targets", lambda *given: seen.append(given) or ["found"])
+    names = tuple(f"frame {place}" for place in range(COUNT))
+    setup = Setup(tuple("abcd"), (1 / 255, 8 / 255, 2 / 255), norm="l2", ignore_index=7)
+    scene, pair = Scene(IMAGES, LABELS, names, names), [target(network())]
+    assert checks.check_first(scene, pair, {"net": ["a member"]}, setup, torch.device("cpu")) == ["found"]
+    ((targets, images, labels, threat, own),) = seen
+    assert targets is pair and own == {"net": ["a member"]}
+    assert torch.equal(images, IMAGES[:2]) and torch.equal(labels, LABELS[:2])
+    assert (threat.eps, threat.norm, threat.ignore_index) == (8 / 255, "l2", 7)
+    assert len(set(threat.seeds)) == 2
 
 
 def test_a_sound_network_raises_no_flag_and_every_check_has_spoken():
