@@ -16,6 +16,7 @@ from evaluation.robust_results import RobustResults, within_floor
 from evaluation.robust_tables import (
     add_to_results,
     eps_text,
+    in_words,
     robust_markdown,
     robust_rows,
     robust_summary,
@@ -114,6 +115,11 @@ def steps(target, eps, attack, image, incumbent):
 
 def results(right=steps, **keys):
     return RobustResults(*ledger(right, **keys))
+
+
+def test_a_protocol_in_words_leaves_out_what_says_nothing():
+    protocol = {"norm": "linf", "image_size": [8, 9], "classes": ["a"], "ignore_index": 255, "adversarials": "none"}
+    assert in_words(protocol) == "norm linf, image size 8 x 9"
 
 
 def test_the_worst_case_is_that_of_each_image_and_smaller_eps_are_candidates():
