@@ -54,7 +54,8 @@ class External(nn.Module):
         std: like mean.
         sha256: of the file; any other file is refused. null: whatever the file holds.
 
-    Raises UserError for a file or function that is missing or fails, and, when it runs, for what are no logits.
+    Raises UserError for a file or function that is missing or fails, for a routed network or an ensemble with stride,
+    mean or std, and, when it runs, for what are no logits.
     """
 
     sites = ("h", "w")  # of a logit
@@ -78,11 +79,17 @@ class External(nn.Module):
         self.file_sha256 = sha256_of(Path(file), sha256)
         self.normalize = Normalize(mean or (0.0,) * 3, std or (1.0,) * 3)
         self.network = built(Path(file), function, num_classes, args or {})
+        hidden = sorted(name for name in OFFERED if hasattr(self.network, name))
+        if self.changes_images and hidden:
+            raise UserError(
+                f"network.file: what {self.source} returned offers {', '.join(hidden)} to attacks, but behind mean, "
+                "std or stride it would see other images than they do; normalise and pad inside the network"
+            )
         with_features = hasattr(self.network, "forward_features")
         self.feature_channels = getattr(self.network, "feature_channels", 0) if with_features else 0
 
     def __getattr__(self, name: str) -> Any:
-        if name in OFFERED and not self.changes_images:
+        if name in OFFERED:
             return getattr(super().__getattr__("network"), name)
         return super().__getattr__(name)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from engine.config import UserError
 from networks.complexity import gmacs
-from networks.external import External
+from networks.external import External, ExternalClassifier
 from networks.frrn import FRRN
 from networks.moe import Frozen
 
@@ -141,9 +141,18 @@ def test_what_a_routed_network_offers_is_kept(tmp_path):
     assert network.gate_logits(images).shape == (1, 2, 2, 1, 1, 1)
     assert (network.routing, network.num_experts, network.inspect(images)) == ("hard", 2, "inspected")
     assert not hasattr(network, "expert_logits") and not hasattr(network, "anything")
-    padded = External(3, file=str(file), stride=2)  # the gate would see other images than the network
-    assert not hasattr(padded, "gate_logits")
-    assert not hasattr(External(3, file=str(file), function="build").normalize, "gate_logits")
+    with pytest.raises(UserError, match="routed.py:build returned offers gate_logits, inspect, num_experts, routing"):
+        External(3, file=str(file), stride=2)  # the gate would see other images than attacks do
+
+
+def test_a_classifier_sees_normalised_images_on_request(file):
+    file.write_text(f"{LAYERS}\ndef build():\n    return lambda images: images.mean((2, 3))\n")
+    images = torch.rand(2, 3, 8, 8)
+    plain = ExternalClassifier(3, file=str(file))
+    assert torch.equal(plain(images), images.mean((2, 3)))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    expected = (images.mean((2, 3)) - torch.tensor(mean)) / torch.tensor(std)
+    torch.testing.assert_close(ExternalClassifier(3, file=str(file), mean=mean, std=std)(images), expected)
 
 
 @pytest.mark.parametrize(
