@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks.pgd import raise_loss
 from attacks.pixel_losses import RESTLESS, LossName, targeted_dlr
 from attacks.search import Found, Objective, Search
-from attacks.threat import Threat, each, project, random_point, steepest
+from attacks.threat import Threat, each, project, projection, random_point, steepest
 from engine.config import PositiveInt, Probability
 
 # Radii in units of eps, and the share of the steps in %.
@@ -148,6 +148,7 @@ def climb(
     best loss hasn't risen since, goes back to the point of its best loss with half the step."""
     threat = threat or search.threat
     points = previous = peak = start
+    inside = projection(search.images, threat)
     size = torch.full((len(start),), 2 * threat.eps, device=start.device)
     peak_loss = torch.full_like(size, -torch.inf)
     peak_gradient = torch.zeros_like(start)
@@ -171,14 +172,13 @@ def climb(
             points = torch.where(each(stuck, points), peak, points)
             gradient = torch.where(each(stuck, points), peak_gradient, gradient)
             rises, halved, peak_loss_before = torch.zeros_like(rises), stuck, peak_loss
-        alive = search.alive
-        if not alive.any():
-            return points
         share = momentum if step else 1.0
-        uphill = project(points + each(size, points) * steepest(gradient, threat.norm), search.images, threat)
-        moved = points + share * (uphill - points) + (1 - share) * (points - previous)
-        moved = project(moved, search.images, threat)
-        previous, points = points, torch.where(each(alive, points), moved, points)
+        uphill = inside(points + each(size, points) * steepest(gradient, threat.norm))
+        moved = inside(points + share * (uphill - points) + (1 - share) * (points - previous))
+        moved = search.moved(points, moved)
+        if moved is None:
+            return points
+        previous, points = points, moved
     search.look(points, draws)
     return points
 

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from attacks.pixel_losses import LossName, PixelLoss, image_loss
 from attacks.search import Found, Objective, Search, Trial
-from attacks.threat import Threat, each, project, random_point, steepest
+from attacks.threat import Threat, projection, random_point, steepest
 from engine.config import Positive, PositiveInt
 
 
@@ -118,14 +117,13 @@ def climb(
     correct pixel left stay where they are. threat: another ball than the search's, for a while."""
     threat = threat or search.threat
     size = 2.5 * threat.eps / steps if step_size is None else step_size
-    points = start
+    points, inside = start, projection(search.images, threat)
     for step in range(steps):
         gradient, _ = search.gradient(points, objective, step / steps, draws)
-        alive = search.alive
-        if not alive.any():
+        moved = search.moved(points, inside(points + size * steepest(gradient, threat.norm)))
+        if moved is None:
             return points
-        moved = project(points + size * steepest(gradient, threat.norm), search.images, threat)
-        points = torch.where(each(alive, points), moved, points)
+        points = moved
     search.look(points, draws)
     return points
 

@@ -113,10 +113,11 @@ class Search:
     def offer(self, points: Tensor, logits: Tensor) -> None:
         """Takes the points where they are better than the incumbents: those inside the ball, with finite logits."""
         correct, class_accuracy = self.score(logits)
-        sound = is_inside(points, self.images, self.threat) & _is_finite(logits)
-        fewer, lower = sound & (correct < self.correct), sound & (class_accuracy < self.class_accuracy)
+        fewer, lower = correct < self.correct, class_accuracy < self.class_accuracy
         if not (fewer | lower).any():
             return
+        sound = is_inside(points, self.images, self.threat) & _is_finite(logits)
+        fewer, lower = fewer & sound, lower & sound
         self.correct = torch.where(fewer, correct, self.correct)
         self.class_accuracy = torch.where(lower, class_accuracy, self.class_accuracy)
         self.best = torch.where(each(fewer, points), points, self.best)
@@ -126,6 +127,14 @@ class Search:
     def alive(self) -> Tensor:
         """Images that still have a correct pixel, bool [B]: the others need no further step."""
         return self.correct > 0
+
+    def moved(self, points: Tensor, further: Tensor) -> Tensor | None:
+        """The points after a step: further for images that still have a correct pixel; None where none has."""
+        alive = self.alive
+        left = alive.sum().item()
+        if left == len(points):
+            return further
+        return torch.where(each(alive, points), further, points) if left else None
 
     def within(self, threat: Threat) -> "Search":
         """A search of the same images in another ball; `count` takes what it cost."""

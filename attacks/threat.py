@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -55,11 +56,21 @@ def seed_of(*parts) -> int:
 def project(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
     """The points [B, ...] brought into ball and box. linf: to the nearest point, those inside stay as they are; l2:
     by shortening, then clamping (which shortens further, as images lie in the box). eps = 0 gives the images."""
+    return projection(images, threat)(points)
+
+
+def projection(images: Tensor, threat: Threat) -> Callable[[Tensor], Tensor]:
+    """`project` for many points of the same images: points [B, ...] -> those brought into ball and box."""
     if threat.norm == "linf":
-        return points.clamp((images - threat.eps).clamp_min(0.0), (images + threat.eps).clamp_max(1.0))
-    change = points - images
-    change = change * (threat.eps / lengths(change).clamp_min(1e-12)).clamp_max(1.0)
-    return (images + change).clamp(0.0, 1.0)
+        lowest, highest = (images - threat.eps).clamp_min(0.0), (images + threat.eps).clamp_max(1.0)
+        return lambda points: points.clamp(lowest, highest)
+
+    def shorten(points: Tensor) -> Tensor:
+        change = points - images
+        change = change * (threat.eps / lengths(change).clamp_min(1e-12)).clamp_max(1.0)
+        return (images + change).clamp(0.0, 1.0)
+
+    return shorten
 
 
 def random_point(images: Tensor, threat: Threat, *draw) -> Tensor:
