@@ -14,7 +14,9 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from importlib import util
+from operator import truediv
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from attacks.apgd import apgd
 from attacks.pgd import pgd
 from attacks.threat import Threat
-from benchmarks.timing import medians, report, side_by_side
+from benchmarks.timing import report, side_by_side
 
 EPS = 1e-5
 BARE = "bare passes"
@@ -58,17 +60,17 @@ def main() -> None:
             if name not in missing
             for attack, way in LIBRARIES[name](model, images, labels, options.steps).items()
         }
-    seconds = medians(side_by_side({name: timed(way, images) for name, way in ways.items()}, options.repeats))
+    rounds = side_by_side({name: timed(way, images) for name, way in ways.items()}, options.repeats)
     name = "ResNet-18" if options.network == "resnet18" else f"DeepLabv3+ {options.backbone}"
     report(
         f"Attacks: {name}, {len(images)} images {size[0]}x{size[1]}, {options.steps} steps, {options.device}",
         ("way", "ms per step", f"x {BARE}"),
         [
-            (name, f"{1000 * value / options.steps:.2f}", f"{value / seconds[BARE]:.3f}")
-            for name, value in seconds.items()
+            (name, f"{1000 * median(own) / options.steps:.2f}", f"{median(map(truediv, own, rounds[BARE])):.3f}")
+            for name, own in rounds.items()
         ],
         f"Each of ours makes {options.steps} passes and one more forward, as the bare passes do; APGD of pyautoattack "
-        f"one more pass and one more forward. Median of {options.repeats} interleaved rounds, "
+        f"one more pass and one more forward. Medians over {options.repeats} rounds, of the ratios as well, "
         f"{torch.get_num_threads()} threads, linf, one restart from a random point."
         + (f" Not installed: {', '.join(missing)}." if missing else ""),
         options.out,
