@@ -24,9 +24,10 @@ class ImageSplit:
 
     def take(self, rows: np.ndarray) -> "ImageSplit":
         """Some of them, in the order of `rows`; of mapped images a view that reads when asked."""
-        images = self.images[rows] if not isinstance(self.images, Picked) else self.images.take(rows)
-        if isinstance(self.images, np.memmap):
-            images = Picked(self.images, rows)
+        if isinstance(self.images, Picked):
+            images = self.images.take(rows)
+        else:  # a memory map isn't indexed here: that would read it
+            images = Picked(self.images, rows) if isinstance(self.images, np.memmap) else self.images[rows]
         return ImageSplit(images, self.labels[rows], [self.names[row] for row in rows])
 
 

@@ -35,12 +35,13 @@ def mnist(
     }
     if "test" not in found:
         raise UserError(f"mnist: no t10k-images-idx3-ubyte(.gz) in {base} (data.root)")
+    name = "mnist" if "train" in found else "mnist_t10k"  # other images, other figures
     if "train" not in found:
         whole = found["test"]
         cut = len(whole) - round(test_share * len(whole))
         found = {"train": whole.take(np.arange(cut)), "test": whole.take(np.arange(cut, len(whole)))}
     splits = {split: found[split] for split in FILES}
-    return with_val(ImageSet("mnist", tuple("0123456789"), splits), val_images, val_seed)
+    return with_val(ImageSet(name, tuple("0123456789"), splits), val_images, val_seed)
 
 
 def path_of(base: Path, name: str) -> Path | None:

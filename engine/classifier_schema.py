@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, PlainValidator
 
 from engine.components import Component, Named
 from engine.errors import Mistake, Mistakes, wrong
-from engine.schema import Attack, BasicTrain, Optimizer, Schedule, each_once, run_or
+from engine.schema import Attack, BasicTrain, Optimizer, Schedule, boundless, each_once, run_or
 from engine.sections import ComponentSection, Config, Section
 from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
 from engine.yaml_source import expand
@@ -75,7 +75,7 @@ class ClassifierTrain(BasicTrain):
     beta: NonNegative = Field(6.0, description="weight of the divergence under attack (TRADES)")
     router: RouterTraining | None = Field(None, description="the router's phase, for method: advmoe")
     balanced_start: Bool = Field(
-        True, description="set the router's biases so that all experts get images at first"
+        True, description="set the biases of a new router so that all experts get images at first"
     )
     start_head: Literal["kept", "fresh"] = Field(
         "kept",
@@ -92,13 +92,19 @@ class ClassifierTrain(BasicTrain):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        mistakes, method = [], data.get("method")
+        method = data.get("method")
+        mistakes = [mistake for key in ("eps", "val_eps") for mistake in boundless(key, data.get(key))]
         if method in METHODS and method != "standard" and "eps" not in data:
             mistakes.append(Mistake(("eps",), f"missing; method: {method} attacks its images, such as 8/255"))
         if method == "standard" and "eps" in data:
             mistakes.append(
                 Mistake(("eps",), "has no effect with method: standard; val_eps is for the validation")
             )
+        idle = {"standard": ("beta", "steps", "step_size"), "pgd_at": ("beta",)}.get(method, ())
+        for key in idle:
+            default = cls.model_fields[key].default
+            if data.get(key, default) != default:
+                mistakes.append(Mistake((key,), f"has no effect with method: {method}"))
         if data.get("router") is not None and method in METHODS and method != "advmoe":
             mistakes.append(Mistake(("router",), f"has no effect with method: {method}"))
         if data.get("start_head") == "fresh" and data.get("start_from") is None:
@@ -126,8 +132,10 @@ class ClassifierEvaluate(Section):
     suite: Literal["none", "quick", "standard"] = Field(
         "none", description="attacks on every network; what they are and cost: python -m evaluation.suites"
     )
-    eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
-        [8 / 255], description="largest changes that attacks may make, for pixels in [0, 1], such as [8/255]"
+    eps: Annotated[list[Positive], AfterValidator(each_once)] | None = Field(
+        None,
+        description="largest changes that attacks may make, for pixels in [0, 1], such as [8/255]; null: that of the "
+        "validation in training, for a training's own config",
     )
     norm: Literal["linf", "l2"] = Field(
         "linf", description="eps bounds each value (linf), or the length (l2)"
@@ -155,7 +163,24 @@ class ClassifierEvaluate(Section):
     )
 
 
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        eps = data.get("eps")
+        if data.get("norm", "linf") != "linf" or not isinstance(eps, list):
+            return []
+        return [mistake for one in eps for mistake in boundless("eps", one)]
+
+
 Source = Annotated[str | Component, PlainValidator(partial(run_or, "networks:GUEST_CLASSIFIERS"))]
+
+
+def missing_eps(evaluate: Any) -> list[Mistake]:
+    """The mistake of a section, as written, that asks for attacks and doesn't say how large they may be."""
+    if not isinstance(evaluate, dict) or evaluate.get("eps") is not None:
+        return []
+    if evaluate.get("suite", "none") == "none" and not evaluate.get("attacks") and not evaluate.get("autoattack"):
+        return []
+    return [Mistake(("evaluate", "eps"), "missing; attacks need it, such as [8/255]")]
 
 
 class ClassifierEvaluation(Config):
@@ -172,9 +197,10 @@ class ClassifierEvaluation(Config):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
+        mistakes = missing_eps(data.get("evaluate"))
         if "models" in data and not data["models"]:
-            return [Mistake(("models",), "nothing to evaluate: name a run, such as {advmoe: runs/advmoe}")]
-        return []
+            mistakes.append(Mistake(("models",), "nothing to evaluate: name a run, such as {advmoe: runs/advmoe}"))
+        return mistakes
 
 
 class Classification(Config):
@@ -193,7 +219,8 @@ class Classification(Config):
             data.get(key) if isinstance(data.get(key), dict) else {} for key in ("network", "train")
         )
         method, name = train.get("method"), network.get("name")
+        mistakes = [] if train.get("eps") or train.get("val_eps") else missing_eps(data.get("evaluate"))
         if method in ROUTED and name in UNROUTED:
             told = f"{method} trains a router, and a {name} has none; allowed: trades, pgd_at, standard"
-            return [Mistake(("train", "method"), told)]
-        return []
+            mistakes.append(Mistake(("train", "method"), told))
+        return mistakes

@@ -198,9 +198,8 @@ class Adversarial(Section):
     def cross_checks(cls, data: dict) -> list[Mistake]:
         mistakes = []
         eps = data.get("eps")
-        if data.get("norm", "linf") == "linf" and isinstance(eps, int | float) and eps >= 1:
-            told = f"{eps} lets every pixel become any other, as pixels are in [0, 1]; {eps}/255 may be meant"
-            mistakes.append(Mistake(("eps",), told))
+        if data.get("norm", "linf") == "linf":
+            mistakes += boundless("eps", eps)
         default = cls.model_fields["beta"].default
         if data.get("beta", default) != default and data.get("loss", "ce") == "ce":
             mistakes.append(Mistake(("beta",), "has no effect without loss: trades"))
@@ -369,6 +368,14 @@ class Evaluate(Section):
         True, description="rows a gate must beat: constant weights, true subset, random gate"
     )
     ceilings: Bool = Field(True, description="rows that bound a gate: oracle_expert, best_gate")
+
+
+def boundless(key: str, eps: Any) -> list[Mistake]:
+    """The mistake of an linf radius that is no bound for pixels in [0, 1]."""
+    if not isinstance(eps, int | float) or eps < 1:
+        return []
+    told = f"{eps} lets every pixel become any other, as pixels are in [0, 1]; {eps}/255 may be meant"
+    return [Mistake((key,), told)]
 
 
 def run_or(table: str, value: Any) -> str | Component:

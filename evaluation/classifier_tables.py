@@ -24,7 +24,7 @@ from evaluation.formats import csv_text, in_brackets, markdown_table, percent, p
 from evaluation.image_results import ON_EXPERTS, ON_ROUTER, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import units_of
-from evaluation.record_checks import GAP, check_manifest
+from evaluation.record_checks import GAP, check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
 from evaluation.robust_tables import eps_text, in_words
@@ -242,7 +242,8 @@ def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, Figur
         own = results.of(model, attacks)
         if own:
             found[f"on the {part}"] = worst_of(own, f"top1_attack_on_{part}", " + ".join(own))
-    found["stable"] = Figure("route_stability", every.attack, results.stable(model, eps), every.passes)
+    if results.of(model, ON_ROUTER):  # others have no reason to change a route
+        found["stable"] = Figure("route_stability", every.attack, results.stable(model, eps), every.passes)
     return found
 
 
@@ -314,7 +315,7 @@ def robust_markdown(results: ImageResults | None, auto: ImageResults | None, fin
                     for (first, second), found in pairs.items()
                 ]
         for eps in results.ladder:
-            lines += ["", f"## eps {eps_text(eps)}: single attacks, top-1", "", *single_table(results, eps)]
+            lines += ["", f"## eps {eps_text(eps)}: single attacks, top-1", "", *single_table(results, eps, flags)]
     if auto is not None:
         lines += ["", "## AutoAttack", "", *auto_lines(results, auto, flags)]
     if findings:
@@ -358,7 +359,7 @@ def worst_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
     return markdown_table(titles, cells, left=2)
 
 
-def single_table(results: ImageResults, eps: float) -> list[str]:
+def single_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
     columns = list(dict.fromkeys(member for model in results.targets for member in results.members(model)))
     cells = []
     for model in results.targets:
@@ -367,7 +368,7 @@ def single_table(results: ImageResults, eps: float) -> list[str]:
             percent(float(results.under(model, eps, [member]).mean())) if member in own else "-"
             for member in columns
         ]
-        cells.append([model, *shares])
+        cells.append([model + flags.mark(model, eps), *shares])
     return markdown_table(["model", *columns], cells, left=1)
 
 
@@ -453,7 +454,7 @@ def write_classifier_tables(
         if one is None:
             continue
         manifest, units = read_manifest(ledgers[name]), read_units(ledgers[name])
-        findings += check_manifest(manifest, units) if name == SUITE else []
+        findings += check_manifest(manifest, units, None if name == SUITE else (plausibility,))
         rows += robust_rows(one)
         timing += timing_rows(name, one, read_seconds(ledgers[name]))
         kinds = {target: about["identity"]["kind"] for target, about in one.targets.items()}

@@ -45,7 +45,8 @@ def train(config: Classification, options) -> list[Result] | None:
         folder.log(line)
     settings, data = config.train, config.data
     batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
-    if settings.balanced_start and hasattr(model, "router") and not folder.last.exists():
+    fresh = not (settings.start_from or folder.last.exists())
+    if settings.balanced_start and fresh and hasattr(model, "router"):
         balance(model, images.split("train"))
     clusters = clusters_of(config, images)
     about = description(config, images, model)

@@ -109,13 +109,14 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
 
 
 def as_evaluation(config: Classification) -> ClassifierEvaluation:
-    """Of a training's config: its own network alone."""
+    """Of a training's config: its own network alone, at the eps of its validation where no other is named."""
+    eps = config.evaluate.eps or [one for one in (config.train.val_eps or config.train.eps,) if one]
     return ClassifierEvaluation(
         name=config.name,
         output=config.output,
         data=config.data,
         models={Path(config.name).name: str(Path(config.output) / config.name)},
-        evaluate=config.evaluate,
+        evaluate=config.evaluate.model_copy(update={"eps": eps or None}),
     )
 
 
@@ -136,6 +137,10 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
         return Loaded(network, source.name, about)
     trained = load_classifier(source, key)
     require_classes(trained, images.classes, key, f"of {images.name}")
+    size = trained.metadata.get("image_size")
+    if size and tuple(size) != tuple(images.size):
+        told, here = (" x ".join(map(str, one)) for one in (size, images.size))
+        raise UserError(f"{key}: {source} was trained on images of {told}, {images.name} has {here}")
     about = {"network": trained.metadata["network"], "sha256": trained.sha256}
     method = trained.metadata.get("config", {}).get("train", {}).get("method", "")
     rise = rise_of(trained.file.parent.parent / "metrics.csv")

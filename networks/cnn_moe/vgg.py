@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 
 class First(nn.Module):
-    """The first convolution, which all images share; the imagenet stem has a stride of 2 and a pooling."""
+    """The first convolution, which all images share; the imagenet stem pools behind it."""
 
     def __init__(self, channels: int, norm: bool, stem: str):
         super().__init__()
