@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -269,6 +270,23 @@ def test_mnist_files(tmp_path, pack):
     path.unlink()
     with pytest.raises(UserError, match="no t10k-images-idx3-ubyte"):
         mnist(CACHE, root=str(tmp_path), val_images=10)
+
+
+def test_test_files_alone_have_a_name_of_their_own(tmp_path):
+    write(tmp_path / "t10k-images-idx3-ubyte", idx(np.zeros((40, 28, 28), np.uint8)))
+    write(tmp_path / "t10k-labels-idx1-ubyte", idx(np.arange(40).astype(np.uint8) % 10))
+    found = mnist(CACHE, root=str(tmp_path), val_images=10)
+    assert found.name == "mnist_t10k" and [len(one) for one in found.splits.values()] == [18, 10, 12]
+
+
+def test_rows_of_a_memory_map_are_not_read(tmp_path):
+    array = np.memmap(tmp_path / "images", np.uint8, "w+", shape=(1000, 3, 64, 64))
+    split = ImageSplit(array, np.arange(1000) % 10, [str(row) for row in range(1000)])
+    tracemalloc.start()
+    taken = split.take(np.arange(0, 1000, 2)).take(np.arange(400))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(taken.images, Picked) and len(taken) == 400 and peak < array.nbytes / 20
 
 
 def test_digits_are_there_with_no_download():

@@ -226,6 +226,13 @@ def test_autoattack_alone_calls_no_mixture_robust(tmp_path):
     assert f"| {MOE} !1 | 100.00 | - |" in text and "worst case" in text
 
 
+def test_autoattack_alone_is_checked_for_plausibility_and_says_nothing_of_routes(tmp_path):
+    write(tmp_path, [AUTOATTACK])
+    rows = rows_of(tmp_path / "checks.csv")
+    assert {row["check"] for row in rows if row["model"] == PLAIN} == {"plausibility"}
+    assert not [row for row in rows_of(tmp_path / "results.csv") if row["metric"] == "route_stability"]
+
+
 def test_no_gap_no_flag(tmp_path):
     every = {key: made.wrong(*range(12)) for key in ((MOE, 0.02, "autoattack"), (PLAIN, 0.02, "autoattack"))}
     auto = load_images(made.write(tmp_path / "auto", made.auto_plan(), every))

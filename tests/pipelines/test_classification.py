@@ -114,6 +114,15 @@ def test_training_starts_from_another_run_of_an_equal_network(tmp_path):
         build(smaller, smaller.data.build(smaller.data.cache_dir))
 
 
+def test_a_router_that_was_trained_is_not_balanced_anew(tmp_path):
+    folder, _, _, _ = run(tmp_path, name="first", method="at_moe")
+    still = {"method": "at_moe", "start_from": str(folder), "optimizer": {"name": "sgd", "lr": 1e-12}}
+    again, _, _, _ = run(tmp_path, name="second", **still)
+    before, after = (load_weights(one / "checkpoints" / "best.safetensors")[0] for one in (folder, again))
+    for name in ("router.head.bias", "router.head.weight"):
+        torch.testing.assert_close(after[name], before[name])
+
+
 def test_training_does_not_start_from_a_network_that_has_more(tmp_path):
     torch.manual_seed(0)
     file, keys = tmp_path / "sparse.safetensors", {"arch": "densenet", "ratio": 0.5}
@@ -221,6 +230,10 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"eps": None}, "train.eps: missing; method: advmoe attacks its images"),
         ({"method": "standard"}, "train.eps: has no effect with method: standard"),
         ({"method": "trades", "router": {}}, "train.router: has no effect with method: trades"),
+        ({"eps": 8}, "train.eps: 8 lets every pixel become any other.* 8/255 may be meant"),
+        ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
+        ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
+        ({"method": "standard", "eps": None, "steps": 4}, "train.steps: has no effect with method: standard"),
         ({"method": "advmo"}, "train.method: .*did you mean 'advmoe'"),
         ({"router": {"target": "labels"}}, "train.router.target"),
     ],

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from engine.checkpoints import load_weights
+from engine.checkpoints import load_weights, save_weights
 from engine.config import ConfigError, UserError, from_dict
 from evaluation.classifiers import load_answers
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
 from pipelines.classification import train
-from pipelines.classifier_evaluation import attacked_images, evaluate, load, rise_of
+from pipelines.classifier_evaluation import as_evaluation, attacked_images, evaluate, load, rise_of
 from pipelines.cli import Options, main
+from pipelines.models import weights_file
 
 DATA = {"name": "digits", "test_images": 1200, "val_images": 50, "pad": 1, "flip": False}
 MOE = {"name": "cnn_moe", "arch": "resnet18", "ratio": 0.06, "num_experts": 2, "router_width": 0.25}
@@ -391,11 +392,27 @@ def test_a_training_s_config_evaluates_its_own_network(bench, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_training_is_attacked_at_the_eps_of_its_validation(bench):
+    plain = bench.training("run", {"name": "cnn", "arch": "resnet18"}).plain()
+    assert as_evaluation(from_dict(plain)).evaluate.eps == [0.1]
+    assert as_evaluation(from_dict(plain | {"evaluate": {"eps": [0.2, 0.3]}})).evaluate.eps == [0.2, 0.3]
+    plain["train"]["val_eps"] = None
+    with pytest.raises(ConfigError, match="evaluate.eps: missing; attacks need it"):
+        from_dict(plain | {"evaluate": {"autoattack": 5}})
+
+
+def test_a_model_of_images_of_another_size_is_refused(bench, tmp_path):
+    tensors, metadata = load_weights(weights_file(bench.folder / "plain"))
+    save_weights(tmp_path / "other.safetensors", tensors, metadata | {"image_size": [1, 28, 28]})
+    with pytest.raises(UserError, match="models.x: .* was trained on images of 1 x 28 x 28, digits has 1 x 8 x 8"):
+        bench.evaluate("sizes", {"x": str(tmp_path / "other.safetensors")})
+
+
 def test_images_to_attack_follow_from_the_seed(bench):
     split = bench.config("x").data.build("unused").split("test")
 
     def names(**settings):
-        return list(attacked_images(split, bench.config("x", **settings).evaluate).names)
+        return list(attacked_images(split, bench.config("x", eps=[0.1], **settings).evaluate).names)
 
     few, more = (names(suite="quick", attack_images=count) for count in (5, 9))
     assert more[:5] == few != names(suite="quick", attack_images=5, images_seed=1)
