@@ -98,9 +98,14 @@ def forced(model, pathway: int) -> Callable[[Tensor], Tensor]:
     """The mixture with all weight on one expert at all sites. UserError for a model or an expert that isn't there."""
     refuse_other_pathways(pathway, model.num_experts if hasattr(model, "forward_given") else 0)
 
+    shape: list[torch.Size] = []  # of an image's weights, known from the first pass
+
     def forward(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            weights = torch.zeros_like(model.gate_logits(images))
+        if not shape:
+            with torch.no_grad():
+                shape.append(model.gate_logits(images).shape)
+        sites, _, *others = shape[0]
+        weights = torch.zeros(sites, len(images), *others, device=images.device)
         weights[:, :, pathway] = 1.0
         return model.forward_given(images, weights)
 

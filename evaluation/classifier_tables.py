@@ -38,13 +38,15 @@ AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
 MOST_LABELS = 20  # of which each has a line in a table
 ROUTE_COLUMNS = ("model", "label", "expert", "images")
 OF_ATTACKS = ("robustness.md", "checks.csv", "timing.csv", "telemetry.csv")  # tables that only attacks have
+SETTLED = 0.005  # of validation's robust accuracy: a training that still rose by as much had not ended
 TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
 
 
 @dataclass(frozen=True)
 class About:
-    """What stands beside a model's accuracy. kind: its network. gmacs: of a pass; pathway, router: of these alone;
-    rise: how much the validation's robust accuracy rose over the last fifth of training (None: not known)."""
+    """What stands beside a model's accuracy. kind: its network; design: the same for people. gmacs: of a
+    pass; pathway, router: of these alone; rise: how much the validation's robust accuracy rose over the last fifth of
+    training (None: not known)."""
 
     kind: str
     parameters: int
@@ -54,6 +56,12 @@ class About:
     router: float
     method: str = ""
     rise: float | None = None
+    design: str = ""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether training had not ended, or nobody knows."""
+        return self.rise is None or self.rise >= SETTLED
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +141,7 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
     for model, own in clean.answers.items():
         figures, one = accuracies(own, clean.labels, len(clean.classes)), about[model]
         cells.append([
-            model, one.kind, one.method or "-", told(*figures["top1"]),
+            model, one.design or one.kind, one.method or "-", told(*figures["top1"]),
             told(*figures["top5"]) if "top5" in figures else "-", gmacs_of(one), f"{one.parameters:,}",
             f"{one.active:,}", "-" if one.rise is None else points(one.rise),
         ])  # fmt: skip
@@ -296,7 +304,9 @@ def differences(results: ImageResults, eps: float) -> dict[tuple[str, str], Esti
     return {(first, second): worst[first] - worst[second] for first, second in combinations(worst, 2)}
 
 
-def robust_markdown(results: ImageResults | None, auto: ImageResults | None, findings: Sequence) -> str:
+def robust_markdown(
+    results: ImageResults | None, auto: ImageResults | None, findings: Sequence, about: Mapping[str, About]
+) -> str:
     """Everything that a reader needs of the attacked images, in percent. Flags among the findings are marked."""
     flags, lines = Flags(findings), ["# Robustness", ""]
     if results is not None:
@@ -307,11 +317,13 @@ def robust_markdown(results: ImageResults | None, auto: ImageResults | None, fin
             if pairs:
                 lines += [
                     "",
-                    "Paired differences of adaptive worst cases, in points, 95 % bootstrap over images:",
+                    "Paired differences of adaptive worst cases, in points, 95 % bootstrap over images; (no ranking) "
+                    "where the training of one had not ended, or is not known to have:",
                     "",
                 ]
                 lines += [
                     f"- {first} - {second}: {points(found.value)}{in_brackets(*found.interval())}"
+                    + " (no ranking)" * (about[first].unfinished or about[second].unfinished)
                     for (first, second), found in pairs.items()
                 ]
         for eps in results.ladder:
@@ -457,7 +469,7 @@ def write_classifier_tables(
         findings += check_manifest(manifest, units, None if name == SUITE else (plausibility,))
         rows += robust_rows(one)
         timing += timing_rows(name, one, read_seconds(ledgers[name]))
-        kinds = {target: about["identity"]["kind"] for target, about in one.targets.items()}
+        kinds = {target: own["identity"]["kind"] for target, own in one.targets.items()}
         records = [record for unit in units_of(manifest) for record in units[unit.name]]
         telemetry += telemetry_rows(records, kinds)
     if auto is not None:
@@ -469,7 +481,7 @@ def write_classifier_tables(
     }
     if ledgers:
         files |= {
-            "robustness.md": robust_markdown(results, auto, findings),
+            "robustness.md": robust_markdown(results, auto, findings, about),
             "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(findings)),
             "timing.csv": csv_text(TIMING_COLUMNS, timing),
             "telemetry.csv": csv_text(TELEMETRY_COLUMNS, telemetry),

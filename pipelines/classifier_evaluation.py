@@ -163,8 +163,18 @@ def rise_of(metrics: Path) -> float | None:
 def about_of(one: Loaded, images: ImageSet) -> About:
     cost = cost_of(one.network, images.size)
     return About(
-        one.role, cost.parameters, cost.active, cost.executed, cost.pathway, cost.router, one.method, one.rise
-    )
+        one.role, cost.parameters, cost.active, cost.executed, cost.pathway, cost.router, one.method, one.rise,
+        design_of(one.about["network"]),
+    )  # fmt: skip
+
+
+def design_of(network: Mapping) -> str:
+    """A network section in few words: "2 x resnet18 / 0.125" is a mixture of 2 pathways of that share of the width."""
+    if "arch" not in network:
+        return network["name"]
+    experts = f"{network['num_experts']} x " if "num_experts" in network else ""
+    sparse = "sparse " * (network["name"] == "sparse_cnn")
+    return f"{experts}{sparse}{network['arch']} / {network['ratio']:g}"
 
 
 # Clean images

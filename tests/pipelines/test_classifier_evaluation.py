@@ -146,7 +146,7 @@ def test_clean_figures_are_those_of_the_network(bench, whole):
             plain, split = network_of(bench, "moe", MOE)
             said = plain.pathway(expert)(images).argmax(dim=1).numpy()
             assert float(rows["moe", f"constant_{expert}"]["value"]) == (said == split.labels).mean()
-    assert "| moe | cnn_moe | standard |" in (whole / "classifiers.md").read_text()
+    assert "| moe | 2 x resnet18 / 0.06 | standard |" in (whole / "classifiers.md").read_text()
     names, labels, found = load_answers(whole / "per_image.npz")
     assert list(found) == ["moe", "plain"] and names.tolist() == list(split.names)
     assert (labels == split.labels).all() and found["plain"].alone is None
