@@ -58,7 +58,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         return None
     results = None
     if rank == 0:
-        (folder / "robustness.csv").unlink(missing_ok=True)
+        robustness.begin(folder)
         corruptions.begin(folder, options.overwrite)
         results = clean_matrix(config, index, frames, zoo, subsets, device)
     if attacked:

@@ -17,7 +17,7 @@ from evaluation.detectors import cost, detection_rows
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all
-from evaluation.robust_tables import eps_text, robust_summary, write_robust
+from evaluation.robust_tables import TABLES, eps_text, robust_summary, write_robust
 from evaluation.suites import Member, extra_members, members, needs_class_weights
 from evaluation.target_checks import check_first
 from evaluation.targets import Target, target_of
@@ -32,6 +32,12 @@ ENSEMBLE = "ensemble "  # before the name of its rule: the name of its row
 def is_asked(settings: Evaluate) -> bool:
     """Whether an evaluation attacks anything."""
     return settings.suite != "none" or any(attack.name != "clean" for attack in settings.attacks)
+
+
+def begin(folder: Path) -> None:
+    """Tables of an earlier evaluation go, as they may be of other models; the ledger stays, and goes on."""
+    for name in TABLES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def attack_rows(

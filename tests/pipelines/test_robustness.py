@@ -12,6 +12,7 @@ from engine.checkpoints import load_metadata
 from engine.config import UserError
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
+from evaluation.robust_tables import TABLES
 from evaluation.rows import Outputs
 from evaluation.verify import main
 from pipelines.matrix import load_zoo
@@ -83,6 +84,21 @@ def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(works
         (folder / name).unlink()
     workshop.evaluate(config)
     assert (folder / "robustness.md").read_text() == text
+
+
+def test_no_table_of_an_earlier_evaluation_stands_beside_a_new_one(workshop):
+    asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"], "attack_images": 2}
+    asked |= {"attack_rows": ["gate", "day"], "corruptions": {"names": ["fog"], "severities": [1]}}
+    workshop.evaluate(attacked(workshop, name="tables", **asked))
+    workshop.evaluate(attacked(workshop, name="clean", attacks=[]))
+    before, clean = (workshop.run(name) / "evaluation" / "test" for name in ("tables", "clean"))
+    files = {path.name for path in clean.iterdir()}
+    tables = {path.name for path in before.iterdir() if path.suffix in (".csv", ".md")} - files
+    assert tables == {*TABLES, "corruptions.csv", "corruptions.md"}
+    ledger = (before / "ledger" / "segment_000.jsonl").read_bytes()
+    workshop.evaluate(attacked(workshop, name="tables", attacks=[]), overwrite=True)
+    assert {path.name for path in before.iterdir() if path.suffix in (".csv", ".md")} < files
+    assert (before / "ledger" / "segment_000.jsonl").read_bytes() == ledger
 
 
 def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop, capsys):
