@@ -31,10 +31,10 @@ DETECTORS_TOLD = (
     "take half as much accuracy. accuracy: clean > attacked > attacked by the adaptive one."
 )
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images"}
-TABLES = (
+TABLES = (  # all that `write_robust` may write
     "robustness.csv", "robustness.md", "checks.csv", "telemetry.csv", "components.csv", "winners.csv", "timing.csv",
     "transfer.csv", "detectors.csv",
-)  # fmt: skip  # all that `write_robust` may write
+)  # fmt: skip
 WINNER_COLUMNS = ("model", "eps", "column", "figure", "image", "attack", "attack_eps", "incumbent")
 TIMING_COLUMNS = ("model", "eps", "attack", "seconds", "passes")
 

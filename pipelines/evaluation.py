@@ -59,7 +59,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     results = None
     if rank == 0:
         robustness.begin(folder)
-        corruptions.begin(folder, options.overwrite)
+        corruptions.begin(folder, options.overwrite and not options.resume)
         results = clean_matrix(config, index, frames, zoo, subsets, device)
     if attacked:
         robustness.attack_rows(config, index, zoo, device, folder, subsets, options.overwrite)
