@@ -13,6 +13,8 @@ from attacks.search import Found, Search, Trial, scores
 from attacks.threat import Threat, random_point
 from engine.config import NonNegativeInt, Positive, PositiveInt, Probability, UserError
 
+VERSION = 2  # raised when it finds other images
+
 
 def hide(
     model: Callable[[Tensor], Tensor],
@@ -51,6 +53,8 @@ def hide(
     with torch.no_grad():
         logits = model(images)
     aim = aim_at(class_id, logits, labels, goal, threat.ignore_index)
+    there = aim.hidden.flatten(1).any(dim=1)
+    aim = replace(aim, kept=aim.kept & there[:, None, None])  # nothing to gain without the class
     search = Search(model, images, labels, threat, score=aim.failures)
     search.forwards += 1
     search.offer(images, logits)
