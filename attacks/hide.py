@@ -38,7 +38,8 @@ def hide(
     fewest correct pixels: `images` are the points with the fewest pixels that are not as they are to be, `balanced`
     those with the lowest mean of the share of hidden pixels that are still seen and the share of other pixels that
     have changed (`Aim.failures`). `correct` and `class_accuracy` say of them what they say of every attack; how far
-    the goal was reached is aim_at(...).shares(model(points)). An image without the class stays as it is.
+    the goal was reached is aim_at(...).shares(model(points)); robustness.csv has `hidden_<class>`, the share of the
+    pixels with that label that are not answered as it, before and after. An image without the class stays as it is.
 
     Args:
         class_id: the class to hide.
