@@ -215,6 +215,39 @@ def test_only_the_rows_asked_for_are_attacked(workshop):
         attacked_rows(config, config.data.build(), zoo)
 
 
+def test_attacks_that_know_the_gate_are_for_rows_with_one_and_adaptive(workshop):
+    asked = {"attacks": [{"name": "fgsm"}, {"name": "joint", "steps": 3}, {"name": "member_sum", "steps": 2}]}
+    config = workshop.load(attacked(workshop, **asked))
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    targets, own = attacked_rows(config, index, zoo)
+    knowing = {"soft": {"joint": "adaptive"}, "ensemble": {"member_sum": "adaptive"}, "single": {}}
+    for target in targets:
+        columns = {one.name: one.column for one in own[target.name]}
+        assert columns == {"fgsm": "common", **knowing[target.kind]}
+    assert {target.kind for target in targets} == set(knowing)
+    with pytest.raises(UserError, match="evaluate.attacks: joint is for routed models, and none of day, night is one"):
+        attacked_rows(workshop.load(attacked(workshop, attack_rows=["day", "night"], **asked)), index, zoo)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_transfer_that_a_row_cannot_take_is_told_before_any_work(workshop, dry):
+    config = attacked(workshop, name="refused", transfer={"name": "joint", "steps": 3})
+    with pytest.raises(UserError, match="evaluate.transfer: joint is for routed models, and row day is none"):
+        workshop.evaluate(config, dry_run=dry)
+    assert not workshop.run("refused").exists()
+
+
+def test_a_transfer_that_weighs_classes_gets_the_pixels_of_the_data(workshop):
+    balanced = {"name": "pgd", "loss": "balanced_masked_ce", "steps": 2}
+    config = workshop.load(attacked(workshop, transfer=balanced, attack_rows=["day"]))
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    del zoo.networks["day"].metadata["class_pixels"]
+    ((day,), _) = attacked_rows(config, index, zoo)
+    assert len(day.class_pixels) == len(index.classes)
+
+
 def test_a_dry_run_tells_the_cost_and_writes_nothing(workshop, capsys):
     workshop.evaluate(attacked(workshop, name="dry", suite="quick", attacks=[]), dry_run=True)
     lines = capsys.readouterr().out.splitlines()
