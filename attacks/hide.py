@@ -13,6 +13,8 @@ from attacks.search import Found, Search, Trial, scores
 from attacks.threat import Threat, random_point
 from engine.config import NonNegativeInt, Positive, PositiveInt, Probability, UserError
 
+VERSION = 2  # raised when it finds other images
+
 
 def hide(
     model: Callable[[Tensor], Tensor],
@@ -36,7 +38,8 @@ def hide(
     fewest correct pixels: `images` are the points with the fewest pixels that are not as they are to be, `balanced`
     those with the lowest mean of the share of hidden pixels that are still seen and the share of other pixels that
     have changed (`Aim.failures`). `correct` and `class_accuracy` say of them what they say of every attack; how far
-    the goal was reached is aim_at(...).shares(model(points)). An image without the class stays as it is.
+    the goal was reached is aim_at(...).shares(model(points)); robustness.csv has `hidden_<class>`, the share of the
+    pixels with that label that are not answered as it, before and after. An image without the class stays as it is.
 
     Args:
         class_id: the class to hide.
@@ -51,6 +54,8 @@ def hide(
     with torch.no_grad():
         logits = model(images)
     aim = aim_at(class_id, logits, labels, goal, threat.ignore_index)
+    there = aim.hidden.flatten(1).any(dim=1)
+    aim = replace(aim, kept=aim.kept & there[:, None, None])  # nothing to gain without the class
     search = Search(model, images, labels, threat, score=aim.failures)
     search.forwards += 1
     search.offer(images, logits)

@@ -126,13 +126,6 @@ LOSSES: dict[str, PixelLoss] = {
 RESTLESS = ("masked_ce", "balanced_masked_ce", "masked_spherical", "segpgd", "cospgd", "tsallis")
 
 
-def balanced_weights(pixels: Tensor) -> Tensor:
-    """Weights [K] for balanced_masked_ce from the pixels [K] of each class in the training split: one over them,
-    scaled to a mean of 1; a class without pixels counts as one with a single pixel."""
-    weights = 1 / pixels.double().clamp_min(1)
-    return (weights / weights.mean()).float()
-
-
 def image_loss(
     loss: PixelLoss | str, logits: Tensor, labels: Tensor, threat: Threat, progress: float = 0.0
 ) -> Tensor:

@@ -78,7 +78,7 @@ def passes(
         if different:
             raise UserError(
                 f"{folder}: holds passes of another evaluation, different in {shown(different)}; --overwrite "
-                "discards them"
+                "(in a pipeline: --force) discards them"
             )
     else:
         atomic_write(file, json.dumps(about, indent=1) + "\n")

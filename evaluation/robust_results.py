@@ -129,6 +129,18 @@ class RobustResults:
         found = [self.figures(self._cells[target, eps, member, incumbent]) for incumbent in INCUMBENTS]
         return {**found[0], "miou": min((one["miou"] for one in found), key=lambda one: one.value)}
 
+    def hidden(self, target: str, eps: float, member: str) -> dict[str, Estimate]:
+        """{"hidden_<class>": share of its pixels, by the labels, that are not answered as it} under an attack that
+        hides a class, at its incumbent of whole pixels (eps 0: on the clean images). Empty for other attacks, and
+        where no image has the class."""
+        (attack,) = (one["attack"] for one in self.targets[target]["members"] if one["name"] == member)
+        if attack["name"] != "hide" or not self.truth[:, attack["class_id"]].any():
+            return {}
+        found = self._cells[target, eps, member, "pixels"] if eps else self.clean_counts(target)
+        right, true = (part[:, [attack["class_id"]]] for part in (found.right, found.true))
+        name = f"hidden_{self.classes[attack['class_id']]}"
+        return {name: estimates(self.resamples, ClassCounts(true - right, true, true), {"aacc": aacc})["aacc"]}
+
     def candidates(self, target: str, eps: float, column: Column) -> tuple[Candidate, ...]:
         """Clean images, then those of every attack of the column at every eps up to this one."""
         found = [Candidate(0.0, CLEAN.name, "pixels", "clean")]

@@ -31,6 +31,10 @@ DETECTORS_TOLD = (
     "take half as much accuracy. accuracy: clean > attacked > attacked by the adaptive one."
 )
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images"}
+TABLES = (  # all that `write_robust` may write
+    "robustness.csv", "robustness.md", "checks.csv", "telemetry.csv", "components.csv", "winners.csv", "timing.csv",
+    "transfer.csv", "detectors.csv",
+)  # fmt: skip
 WINNER_COLUMNS = ("model", "eps", "column", "figure", "image", "attack", "attack_eps", "incumbent")
 TIMING_COLUMNS = ("model", "eps", "attack", "seconds", "passes")
 
@@ -100,10 +104,13 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
     for model, target in results.targets.items():
         role = target["role"]
         add(model, role, CLEAN.name, 0.0, results.clean(model))
+        before = [results.hidden(model, 0.0, member) for member in results.members(model)]
+        add(model, role, CLEAN.name, 0.0, {name: one for found in before for name, one in found.items()})
         for eps in results.ladder:
             for member in results.members(model):
                 passes = results.passes(model, eps, [member])
-                add(model, role, member, eps, results.single(model, eps, member), passes_per_image=passes)
+                found = results.single(model, eps, member) | results.hidden(model, eps, member)
+                add(model, role, member, eps, found, passes_per_image=passes)
             for column in COLUMNS:
                 worst, attack = results.worst(model, eps, column), f"worst of {column}"
                 passes = results.passes(model, eps, results.members(model, column))

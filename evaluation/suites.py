@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from engine.config import Component, UserError, component
 from evaluation.formats import aligned, number
@@ -18,7 +18,13 @@ from evaluation.stand_ins import count_passes, module_of
 from evaluation.targets import Kind
 
 TABLE = "attacks:ATTACKS"
-MIXTURES = ("soft", "hard", "ensemble")
+# module of attacks that know what they attack -> what they are for, and the kinds of targets that are that
+MADE_FOR: dict[str, tuple[str, tuple[Kind, ...]]] = {
+    "attacks.routed": ("routed models", ("soft", "hard")),
+    "attacks.change_route": ("routed models", ("soft", "hard")),
+    "attacks.ensembles": ("ensembles", ("ensemble",)),
+}
+ALL: tuple[str, tuple[Kind, ...]] = ("all models", get_args(Kind))
 FEW = 4  # networks that the adaptive steps below are enough for; more networks get more steps
 
 # name -> attack; the steps of adaptive members are those of all their runs together
@@ -151,8 +157,9 @@ def extra_members(
     taken: Sequence[Member] = (),
     conditional: bool = False,
 ) -> list[Member]:
-    """Attacks of a config as further members, the same for every target; `clean` is there anyway. A second one of
-    a name has its settings in it. size: (height, width) of the images."""
+    """Attacks of a config as further members: adaptive ones that are for a kind of target (see `attacks_for`), common
+    ones else; `clean` is there anyway. A second one of a name has its settings in it. size: (height, width) of the
+    images. UserError for an attack that the target has nothing for."""
     found, names = [], [one.name for one in taken]
     for attack in attacks:
         if attack.name == "clean":
@@ -163,8 +170,24 @@ def extra_members(
             raise UserError(f"evaluate.attacks: {name} stands there twice")
         names.append(name)
         whole = size if "file" in attack.args else None  # made for images of one size
-        found.append(member(name, attack, "common", kind, num_experts, whole, conditional))
+        column = "common" if made_for(attack) == ALL else "adaptive"
+        found.append(member(name, attack, column, kind, num_experts, whole, conditional))
     return found
+
+
+def made_for(attack: Component) -> tuple[str, tuple[Kind, ...]]:
+    """What an attack is for in words, and the kinds of targets that are that."""
+    return MADE_FOR.get(module_of(attack).__name__, ALL)
+
+
+def attacks_for(attacks: Sequence[Component], kinds: Mapping[str, Kind]) -> dict[str, list[Component]]:
+    """The attacks of a config that each target takes; kinds: of the targets, by their names. UserError for an attack
+    that none of them takes."""
+    for attack in attacks:
+        words, own = made_for(attack)
+        if not set(own) & set(kinds.values()):
+            raise UserError(f"evaluate.attacks: {attack.name} is for {words}, and none of {', '.join(kinds)} is one")
+    return {name: [one for one in attacks if kind in made_for(one)[1]] for name, kind in kinds.items()}
 
 
 def needs_class_weights(one: Member) -> bool:

@@ -37,7 +37,7 @@ from evaluation.formats import aligned
 from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all, begin, is_complete, shard
-from evaluation.suites import Member, extra_members, member, needs_class_weights
+from evaluation.suites import Member, attacks_for, extra_members, member, needs_class_weights
 from evaluation.target_checks import check_first
 from evaluation.targets import ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
@@ -319,11 +319,12 @@ def members_of(
         for one in targets
     }
     beside = max((passes_of(own[one.name]) for one in targets if one.kind in ROUTED), default=0)
+    further = attacks_for(settings.attacks, {one.name: one.kind for one in targets})
     for one in targets:
         if one.kind == "single" and one.role != "pathway":
             own[one.name] = classifier_members(settings.suite, one.kind, beside=beside)
         own[one.name] += extra_members(
-            settings.attacks, one.kind, one.num_experts, size, own[one.name], one.conditional
+            further[one.name], one.kind, one.num_experts, size, own[one.name], one.conditional
         )
         for attack in filter(needs_class_weights, own[one.name]):
             raise UserError(

@@ -14,6 +14,7 @@ from pipelines.matrix import Zoo
 
 FOLDER = "corruptions"  # of the passes, in the folder of the evaluation
 LAST = "corruptions.csv"  # where it is, all is there
+TABLES = (LAST, "corruptions.md")
 
 
 def is_asked(settings: Evaluate) -> bool:
@@ -29,8 +30,9 @@ def describe(settings: Evaluate, frames: Sequence[Frame]) -> str:
 
 
 def begin(folder: Path, overwrite: bool) -> None:
-    """Passes that were done before count, unless they are to be overwritten; the tables are written again."""
-    (folder / LAST).unlink(missing_ok=True)
+    """Passes that were done before count, unless they are to be overwritten; the tables go, and are written again."""
+    for name in TABLES:
+        (folder / name).unlink(missing_ok=True)
     if overwrite and (folder / FOLDER).exists():
         rmtree(folder / FOLDER)
 

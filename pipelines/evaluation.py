@@ -56,13 +56,13 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
             print(robustness.describe_attacks(config, index, zoo, subsets))
         refuse_bad_data(index)
         return None
-    results = None
+    results, asked = None, robustness.attacked_rows(config, index, zoo) if attacked else None
     if rank == 0:
-        (folder / "robustness.csv").unlink(missing_ok=True)
-        corruptions.begin(folder, options.overwrite)
+        robustness.begin(folder)
+        corruptions.begin(folder, options.overwrite and not options.resume)
         results = clean_matrix(config, index, frames, zoo, subsets, device)
-    if attacked:
-        robustness.attack_rows(config, index, zoo, device, folder, subsets, options.overwrite)
+    if asked:
+        robustness.attack_rows(config, index, *asked, device, folder, subsets, options.overwrite)
     return results
 
 

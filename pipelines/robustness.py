@@ -1,6 +1,6 @@
 """Rows of an evaluation under attack: from networks of a zoo to targets, a ledger, and tables beside the clean ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,8 +17,8 @@ from evaluation.detectors import cost, detection_rows
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import attack_all
-from evaluation.robust_tables import eps_text, robust_summary, write_robust
-from evaluation.suites import Member, extra_members, members, needs_class_weights
+from evaluation.robust_tables import TABLES, eps_text, robust_summary, write_robust
+from evaluation.suites import Member, attacks_for, extra_members, made_for, members, needs_class_weights
 from evaluation.target_checks import check_first
 from evaluation.targets import Target, target_of
 from evaluation.transfer import transfer
@@ -34,20 +34,26 @@ def is_asked(settings: Evaluate) -> bool:
     return settings.suite != "none" or any(attack.name != "clean" for attack in settings.attacks)
 
 
+def begin(folder: Path) -> None:
+    """Tables of an earlier evaluation go, as they may be of other models; the ledger stays, and goes on."""
+    for name in TABLES:
+        (folder / name).unlink(missing_ok=True)
+
+
 def attack_rows(
     config: Evaluation,
     index: FrameIndex,
-    zoo: Zoo,
+    targets: Sequence[Target],
+    own: Mapping[str, Sequence[Member]],
     device: torch.device,
     folder: Path,
     subsets: Sequence[str],
     overwrite: bool,
 ) -> bool:
-    """Attacks what the config asks for and, where the ledger is complete then, writes the tables into the folder of
-    the evaluation; whether it was."""
+    """Attacks what the config asks for (see `attacked_rows`) and, where the ledger is complete then, writes the tables
+    into the folder of the evaluation; whether it was."""
     settings = config.evaluate
     setup, scenes = setup_of(config, index, subsets), scenes_of(config, index, subsets)
-    targets, own = attacked_rows(config, index, zoo)
     for target in targets:  # of one layout in all processes, whether they did the clean pass or not
         target.model.to(device, memory_format=torch.channels_last)
     ledger = folder / "ledger"
@@ -176,7 +182,7 @@ def attacked_frames(config: Evaluation, index: FrameIndex, subsets: Sequence[str
 def attacked_rows(
     config: Evaluation, index: FrameIndex, zoo: Zoo
 ) -> tuple[list[Target], dict[str, list[Member]]]:
-    """(targets, the attacks of each by its name)."""
+    """(targets, the attacks of each by its name). UserError for attacks that they can't be made for."""
     settings, size = config.evaluate, tuple(config.data.image_size)
     names = [row.name for row in zoo.rows(controls=False)]
     known = [*names, *(name for name in zoo.gates if name not in names)]
@@ -185,16 +191,15 @@ def attacked_rows(
             raise UserError(f"evaluate.attack_rows: there is no row {name!r}; allowed: {', '.join(known)}")
     targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
     parity = max(target.num_experts for target in targets)
-    own = {}
+    further = attacks_for(settings.attacks, {target.name: target.kind for target in targets})
+    own, lacking = {}, []
     for target in targets:
         suite = members(settings.suite, target.kind, target.num_experts, parity)
-        more = extra_members(settings.attacks, target.kind, target.num_experts, size, suite)
+        more = extra_members(further[target.name], target.kind, target.num_experts, size, suite)
         own[target.name] = [*suite, *more]
-    lacking = [
-        target.name
-        for target in targets
-        if target.class_pixels is None and any(map(needs_class_weights, own[target.name]))
-    ]
+        made = [*own[target.name], *transferred(settings.transfer, target, size)]
+        if target.class_pixels is None and any(map(needs_class_weights, made)):
+            lacking.append(target.name)
     if lacking:
         pixels = training_pixels(config, index)
         print(
@@ -206,6 +211,19 @@ def attacked_rows(
             for target in targets
         ]
     return targets, own
+
+
+def transferred(attack: Component | None, target: Target, size: tuple[int, int]) -> list[Member]:
+    """The attack of evaluate.transfer as a member, none without one. UserError for a row that it can't be made for."""
+    if attack is None:
+        return []
+    words, kinds = made_for(attack)
+    if target.kind not in kinds:
+        raise UserError(
+            f"evaluate.transfer: {attack.name} is for {words}, and row {target.name} is none; name an attack that all "
+            "rows take, such as pgd, or the rows that take it in evaluate.attack_rows"
+        )
+    return extra_members([attack], target.kind, target.num_experts, size)
 
 
 def target_of_row(zoo: Zoo, name: str) -> Target:

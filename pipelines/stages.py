@@ -171,11 +171,11 @@ def start_record(stage: Stage, records: "Records") -> dict:
 
 
 def run_stage(stage: Stage, resume: bool, device: str) -> float:
-    """Train or evaluate; returns seconds."""
+    """Train or evaluate; returns seconds. An evaluation that goes on overwrites its tables, not what it had done."""
     from pipelines.cli import Options, function_of
 
-    start = time.perf_counter()
-    function_of(stage.command)(stage.config, Options(device=device, resume=resume, overwrite=not resume))
+    start, overwrite = time.perf_counter(), not resume or stage.kind == "evaluate"
+    function_of(stage.command)(stage.config, Options(device=device, resume=resume, overwrite=overwrite))
     return time.perf_counter() - start
 
 
@@ -231,6 +231,7 @@ def ingredients_of(stage: Stage) -> dict[str, object]:
         "version": VERSIONS[stage.work],
         "data": data_hash(stage.config),
         **pretrained_hash(stage.config),
+        **attack_file_hashes(stage),
         **{f"weights.{role}": weights_hash(path) for role, path in stage.weights.items()},
     }
 
@@ -291,6 +292,19 @@ def pretrained_hash(config: StageConfig) -> dict[str, str]:
     return {"weights.pretrained": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
 
 
+def attack_file_hashes(stage: Stage) -> dict[str, str | None]:
+    """{"weights.<file>": SHA-256} of the perturbations that an evaluation takes from files; None where none is."""
+    if stage.kind != "evaluate":
+        return {}
+    settings = stage.config.evaluate
+    attacks = [*settings.attacks, getattr(settings, "transfer", None)]
+    files = [Path(attack.args["file"]) for attack in attacks if attack and "file" in attack.args]
+    return {
+        f"weights.{file}": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+        for file in files
+    }
+
+
 def result_hash(stage: Stage) -> str | None:
     """Hash of what the stage leaves behind, to notice that it was removed or changed by hand."""
     if stage.kind == "train":
@@ -325,7 +339,7 @@ def state_of(stage: Stage, records: "Records", forced: bool = False) -> State:
     if reasons:
         return State(stage.name, False, tuple(reasons))
     if not record["done"]:
-        return State(stage.name, False, ("was interrupted, goes on",), resumable=stage.kind == "train")
+        return State(stage.name, False, ("was interrupted, goes on",), resumable=True)
     if record["result"] != result_hash(stage):
         return State(stage.name, False, ("its result is missing or was changed",))
     return State(stage.name, True)

@@ -190,6 +190,18 @@ def test_the_labels_can_be_the_goal():
         assert outcome(found.images, images, labels, goal)[0] == [0, 0]
 
 
+@pytest.mark.parametrize("random_start", [False, True])
+def test_an_image_without_the_class_stays_as_it_is(random_start):
+    """The network is wrong about a pixel of the second image, whose labels have nothing to hide."""
+    images, labels = scene()
+    images[1, :, 5, 7] = torch.tensor([0.5, 0.4, 0.55])
+    options = {"class_id": 1, "goal": "labels", "random_start": random_start}
+    found = hide(per_pixel, images, labels, Threat(0.15, seeds=(1, 2)), **options)
+    assert torch.equal(found.images[1], images[1]) and torch.equal(found.balanced[1], images[1])
+    assert not torch.equal(found.images[0], images[0])
+    assert found.correct[1] == 48 - 2 and found.zero_gradients[1] == 0
+
+
 def test_ignored_pixels_do_not_count():
     images, labels = scene()
     labels[0, 2:4, 3:6] = 255

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks import pixel_losses
-from attacks.pixel_losses import LOSSES, RESTLESS, balanced_weights, image_loss, targeted_dlr
+from attacks.pixel_losses import LOSSES, RESTLESS, image_loss, targeted_dlr
 from attacks.threat import Threat
 from engine.config import UserError, signature_of
 
@@ -133,12 +133,6 @@ def test_balanced_masked_ce_weighs_classes():
         value("balanced_masked_ce", [2, 1, 0], 0)
     with pytest.raises(UserError, match="3 class weights for 2 classes"):
         value("balanced_masked_ce", [2, 1], 0, threat=threat)
-
-
-def test_balanced_weights_are_one_over_the_pixels():
-    weights = balanced_weights(torch.tensor([100, 10, 0]))
-    assert (weights / weights[0]).tolist() == pytest.approx([1, 10, 100])
-    assert weights.mean() == pytest.approx(1)
 
 
 def test_masked_spherical_is_the_normalised_logit():

@@ -45,9 +45,10 @@ def ledger(
     blocks=IMAGES,
     sizes=(SIZE, SIZE),
     gate_free=None,
+    keys=None,
 ):
     """(manifest, units) where `right(target, eps, attack, image index, incumbent)` says what is right, and
-    `gate_free` of the same what every gate leaves right."""
+    `gate_free` of the same what every gate leaves right. keys: of all attacks."""
     roles = {"mean": "ensemble", "moe": "gate", "other": "gate"}
     manifest = {
         "protocol": {"classes": ["road", "sky", "rail"], "seed": 7, "threads": 1, "split": "test"},
@@ -63,7 +64,7 @@ def ledger(
                     {
                         "name": attack,
                         "column": column,
-                        "attack": {"name": attack},
+                        "attack": {"name": attack, **(keys or {})},
                         "version": 1,
                         "forwards": 5,
                     }
@@ -268,6 +269,27 @@ def test_rows_are_tidy_and_complete():
     assert value["moe - mean", "worst of adaptive", LARGE, "aacc"]["kind"] == "difference"
     bound = value["moe", "worst of adaptive", LARGE, "miou_search_bound"]["value"]
     assert bound <= value["moe", "worst of adaptive", LARGE, "miou"]["value"]
+
+
+def test_what_class_hiding_hid_is_told_before_and_after():
+    def seen(target, eps, attack, image, incumbent):
+        """Of ten pixels of sky one is missed on the clean images, and six when it is hidden from even ones."""
+        return (10, 4 if attack == "hide" and image % 2 == 0 and incumbent == "pixels" else 9)
+
+    def hidden(class_id):
+        members = (("fast", "common"), ("hide", "common"))
+        rows = robust_rows(results(seen, members=members, keys={"class_id": class_id}))
+        return [row for row in rows if row["metric"].startswith("hidden")]
+
+    rows = hidden(1)
+    found = {(row["model"], row["attack"], row["eps"]): (row["metric"], row["value"]) for row in rows}
+    before, after = ("hidden_sky", 0.1), ("hidden_sky", (6 + 1) / 20)
+    assert found == {
+        (model, attack, eps): after if eps else before
+        for model in ("mean", "moe")
+        for attack, eps in (("clean", 0.0), ("hide", SMALL), ("hide", LARGE))
+    }
+    assert len(rows) == len(found) and not hidden(2)  # no image has the third class
 
 
 def test_winners_are_named_for_each_image():

@@ -6,7 +6,17 @@ import torch
 from attacks.threat import Threat
 from engine.config import UserError, component
 from evaluation.stand_ins import count_passes
-from evaluation.suites import describe, extra_members, main, members, needs_class_weights
+from evaluation.suites import (
+    COMMON,
+    ENSEMBLE,
+    ROUTED,
+    attacks_for,
+    describe,
+    extra_members,
+    main,
+    members,
+    needs_class_weights,
+)
 from evaluation.targets import kind_of
 from tests.evaluation import robust_toy as toy
 
@@ -94,6 +104,24 @@ def test_attacks_of_a_config_are_further_members_and_clean_is_none():
     assert {one.column for one in found} == {"common"}
     with pytest.raises(UserError, match="stands there twice"):
         extra_members([given[2]] * 3, "single", 1, (6, 8))
+
+
+def test_attacks_that_know_what_they_attack_are_adaptive_and_for_targets_that_have_it():
+    routed, ensemble = (
+        [component("attacks:ATTACKS", name.split()[0], steps=30) for name in group["standard"]]
+        for group in (ROUTED, ENSEMBLE)
+    )
+    plain = [component("attacks:ATTACKS", one["name"]) for own in COMMON.values() for one in own.values()]
+    given = attacks_for([*routed, *plain, *ensemble], {kind: kind for kind in KINDS})
+    wanted = {"single": plain, "soft": [*routed, *plain], "ensemble": [*plain, *ensemble]}
+    assert given == {**wanted, "hard": wanted["soft"]}
+    for kind, own in (("soft", routed), ("hard", routed), ("ensemble", ensemble)):
+        assert {one.column for one in extra_members(own[:5], kind, 2, (6, 8))} == {"adaptive"}
+    for own, told in ((routed, "soft_gate is for routed models"), (ensemble, "member_sum is for ensembles")):
+        with pytest.raises(UserError, match=f"evaluate.attacks: {told}, and none of day, night is one"):
+            attacks_for([*plain, *own], {"day": "single", "night": "single"})
+    with pytest.raises(UserError, match="for routed models"):
+        extra_members(routed, "single", 1, (6, 8))
 
 
 def test_a_file_belongs_to_a_member_by_its_contents(tmp_path, monkeypatch):

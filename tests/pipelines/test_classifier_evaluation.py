@@ -13,7 +13,15 @@ from evaluation.classifiers import load_answers
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
 from pipelines.classification import train
-from pipelines.classifier_evaluation import as_evaluation, attacked_images, evaluate, load, rise_of
+from pipelines.classifier_evaluation import (
+    as_evaluation,
+    attacked_images,
+    evaluate,
+    load,
+    members_of,
+    rise_of,
+    targets_of,
+)
 from pipelines.cli import Options, main
 from pipelines.models import weights_file
 
@@ -228,6 +236,16 @@ def test_a_dry_run_tells_the_cost_and_changes_nothing(bench, capsys):
     assert not (bench.folder / "dry").exists()
 
 
+def test_attacks_that_know_the_router_are_for_mixtures_and_adaptive(bench):
+    config = bench.config("x", **{**ATTACKS, "attacks": [{"name": "fgsm"}, {"name": "joint", "steps": 3}]})
+    images = config.data.build(config.data.cache_dir)
+    models = {name: load(source, name, images) for name, source in config.models.items()}
+    own = members_of(config.evaluate, targets_of(models, True), images.size[1:])
+    columns = {name: {one.name: one.column for one in members} for name, members in own.items()}
+    assert columns.pop("moe") == {"fgsm": "common", "joint": "adaptive"}
+    assert len(columns) == 3 and all(found == {"fgsm": "common"} for found in columns.values())
+
+
 def test_clean_alone_needs_no_images_to_attack(bench):
     """attack_images is 1000 unless said otherwise, and a split may have fewer."""
     bench.evaluate("clean", ("plain",), split="val")
@@ -245,7 +263,8 @@ def test_clean_alone_needs_no_images_to_attack(bench):
         ({"autoattack": 7}, "evaluate.autoattack: 7 of evaluate.attack_images, 6"),
         ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 of 1200 test images"),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
-        ({"attacks": [{"name": "gate_only"}]}, "for routed models"),
+        ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
+        ({"attacks": [{"name": "member_sum"}]}, "for ensembles, and none of moe, .*plain is one"),
         (
             {"attacks": [{"name": "pgd", "loss": "balanced_masked_ce"}]},
             "pgd: loss balanced_masked_ce .* label maps",

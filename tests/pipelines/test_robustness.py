@@ -12,6 +12,7 @@ from engine.checkpoints import load_metadata
 from engine.config import UserError
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
+from evaluation.robust_tables import TABLES
 from evaluation.rows import Outputs
 from evaluation.verify import main
 from pipelines.matrix import load_zoo
@@ -83,6 +84,21 @@ def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(works
         (folder / name).unlink()
     workshop.evaluate(config)
     assert (folder / "robustness.md").read_text() == text
+
+
+def test_no_table_of_an_earlier_evaluation_stands_beside_a_new_one(workshop):
+    asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"], "attack_images": 2}
+    asked |= {"attack_rows": ["gate", "day"], "corruptions": {"names": ["fog"], "severities": [1]}}
+    workshop.evaluate(attacked(workshop, name="tables", **asked))
+    workshop.evaluate(attacked(workshop, name="clean", attacks=[]))
+    before, clean = (workshop.run(name) / "evaluation" / "test" for name in ("tables", "clean"))
+    files = {path.name for path in clean.iterdir()}
+    tables = {path.name for path in before.iterdir() if path.suffix in (".csv", ".md")} - files
+    assert tables == {*TABLES, "corruptions.csv", "corruptions.md"}
+    ledger = (before / "ledger" / "segment_000.jsonl").read_bytes()
+    workshop.evaluate(attacked(workshop, name="tables", attacks=[]), overwrite=True)
+    assert {path.name for path in before.iterdir() if path.suffix in (".csv", ".md")} < files
+    assert (before / "ledger" / "segment_000.jsonl").read_bytes() == ledger
 
 
 def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop, capsys):
@@ -197,6 +213,39 @@ def test_only_the_rows_asked_for_are_attacked(workshop):
     config = workshop.load(attacked(workshop, attack_rows=["gait"]))
     with pytest.raises(UserError, match="no row 'gait'; allowed: day, night, ensemble mean"):
         attacked_rows(config, config.data.build(), zoo)
+
+
+def test_attacks_that_know_the_gate_are_for_rows_with_one_and_adaptive(workshop):
+    asked = {"attacks": [{"name": "fgsm"}, {"name": "joint", "steps": 3}, {"name": "member_sum", "steps": 2}]}
+    config = workshop.load(attacked(workshop, **asked))
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    targets, own = attacked_rows(config, index, zoo)
+    knowing = {"soft": {"joint": "adaptive"}, "ensemble": {"member_sum": "adaptive"}, "single": {}}
+    for target in targets:
+        columns = {one.name: one.column for one in own[target.name]}
+        assert columns == {"fgsm": "common", **knowing[target.kind]}
+    assert {target.kind for target in targets} == set(knowing)
+    with pytest.raises(UserError, match="evaluate.attacks: joint is for routed models, and none of day, night is one"):
+        attacked_rows(workshop.load(attacked(workshop, attack_rows=["day", "night"], **asked)), index, zoo)
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_transfer_that_a_row_cannot_take_is_told_before_any_work(workshop, dry):
+    config = attacked(workshop, name="refused", transfer={"name": "joint", "steps": 3})
+    with pytest.raises(UserError, match="evaluate.transfer: joint is for routed models, and row day is none"):
+        workshop.evaluate(config, dry_run=dry)
+    assert not workshop.run("refused").exists()
+
+
+def test_a_transfer_that_weighs_classes_gets_the_pixels_of_the_data(workshop):
+    balanced = {"name": "pgd", "loss": "balanced_masked_ce", "steps": 2}
+    config = workshop.load(attacked(workshop, transfer=balanced, attack_rows=["day"]))
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    del zoo.networks["day"].metadata["class_pixels"]
+    ((day,), _) = attacked_rows(config, index, zoo)
+    assert len(day.class_pixels) == len(index.classes)
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(workshop, capsys):

@@ -131,6 +131,38 @@ def test_interrupted_stage_goes_on_where_it_stopped(folder, capsys, monkeypatch)
     assert calls == [False, True]
 
 
+def test_interrupted_evaluation_keeps_the_passes_that_were_done_and_a_changed_one_begins_anew(folder, monkeypatch):
+    from pipelines import evaluation
+
+    pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    del pipeline["stages"]["gate"], pipeline["stages"]["evaluation"]["set"]["gates"]
+    write_yaml(folder / "pipeline.yaml", pipeline)
+    corruptions = {"names": ["fog"], "severities": [1, 2], "seed": 0}
+    change(folder / "evaluation.yaml", "evaluate.corruptions", corruptions)
+    run_rows, passes, kills = evaluation.run_rows, [], [KeyboardInterrupt()]
+
+    def counted(*args, change=None, **options):
+        if change is not None and len(passes) == 1 and kills:
+            raise kills.pop()
+        passes.extend([] if change is None else [change])
+        return run_rows(*args, change=change, **options)
+
+    monkeypatch.setattr(evaluation, "run_rows", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    assert len(passes) == 1
+    run(folder)
+    assert len(passes) == 2
+    records = json.loads((folder / "runs/line/stages.json").read_text())
+    records["evaluation"]["done"] = False  # killed when all was there but this
+    (folder / "runs/line/stages.json").write_text(json.dumps(records))
+    run(folder)
+    assert len(passes) == 2
+    change(folder / "evaluation.yaml", "evaluate.corruptions", {**corruptions, "seed": 1})
+    run(folder)
+    assert len(passes) == 4
+
+
 def test_jobs_side_by_side_give_the_same_weights_and_label_their_lines(folder, capfd):
     run(folder, only="day")
     alone = (folder / "runs/line/day/checkpoints/best.safetensors").read_bytes()
@@ -213,6 +245,23 @@ def test_another_pretrained_file_under_the_same_name_changes_the_key(folder):
     assert [line.split(" changed")[0] for line in module.changes(before, module.ingredients_of(stage))] == [
         "weights.pretrained"
     ]
+
+
+def test_another_perturbation_under_the_same_name_changes_the_key_of_an_evaluation(folder):
+    files = {name: folder / f"{name}.safetensors" for name in ("shown", "transferred")}
+    attacks = {name: {"name": "universal", "file": str(file)} for name, file in files.items()}
+    change(folder / "evaluation.yaml", "evaluate.attacks", [{"name": "fgsm"}, attacks["shown"]])
+    change(folder / "evaluation.yaml", "evaluate.transfer", attacks["transferred"])
+    change(folder / "expert.yaml", "evaluate.attacks", [attacks["shown"]])
+    stages = module.build_stages(load(folder / "pipeline.yaml"))
+    for file in files.values():
+        file.write_bytes(b"one")
+    before = {name: module.ingredients_of(stage) for name, stage in stages.items()}
+    for file in files.values():
+        file.write_bytes(b"two")
+        changed = module.changes(before["evaluation"], module.ingredients_of(stages["evaluation"]))
+        assert f"weights.{file}" in [line.split(" changed")[0] for line in changed]
+    assert before["day"] == module.ingredients_of(stages["day"])
 
 
 def test_what_is_evaluated_changes_no_training_but_how_absent_classes_count_does(folder):
