@@ -10,6 +10,7 @@ from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import Scene
 from evaluation.record_checks import PUBLISHED, check_manifest, check_records
 from evaluation.robust import attack_all, unsettled
+from evaluation.robust_tables import write_robust
 from evaluation.suites import member
 from evaluation.targets import target_of
 from evaluation.traps import EPS, Trap
@@ -197,6 +198,25 @@ def test_the_trap_in_a_real_ledger_is_flagged_and_its_soft_control_is_not(tmp_pa
     assert set(flagged["hard"]) == {"masking", "gate collapse"}
     assert "leaves 0.00 % of accuracy, the common one 100.00 %: 100.00 points" in flagged["hard"]["masking"]
     assert flagged["soft"] == {}
+
+
+def test_a_replaced_ledger_is_checked_by_its_own_units_alone(tmp_path):
+    """The ledger keeps the units of more images, other weights, attacks that are gone and another name of one."""
+    toy.run(tmp_path / "replaced")
+    own, kind = toy.members(), {target.name: (target.kind, target.num_experts) for target in toy.targets()}
+    for name, (first, *_, last) in own.items():
+        own[name] = [member("renamed", first.attack, "common", *kind[name]), last]
+    targets = toy.targets()
+    targets[1] = target_of("mean", toy.Ensemble(toy.Net(7), toy.Net(8)), role="ensemble")
+    found = []
+    for folder in (tmp_path / "replaced", tmp_path / "fresh"):
+        ledger = folder / "ledger"
+        attack_all(ledger, toy.scenes()[:2], targets, own, toy.setup(), replace=True, log=str)
+        found.append(check_manifest(read_manifest(ledger), read_units(ledger)))
+        write_robust(folder, ledger)
+    assert found[0] == found[1]
+    assert {one.attack for one in found[0]} == {"", "renamed", "own"}
+    assert (tmp_path / "replaced/checks.csv").read_bytes() == (tmp_path / "fresh/checks.csv").read_bytes()
 
 
 def test_flags_of_a_toy_ledger_are_beside_their_rows(tmp_path):
