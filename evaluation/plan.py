@@ -10,7 +10,7 @@ from torch import Tensor
 from engine.config import UserError
 from evaluation.adversarials import Kept
 from evaluation.formats import aligned, number
-from evaluation.ledger import digest, plain
+from evaluation.ledger import Record, digest, plain
 from evaluation.suites import CLEAN, Member
 from evaluation.targets import Target
 
@@ -120,6 +120,14 @@ def units_of(manifest: Mapping) -> Iterator[Unit]:
                 key = (manifest["protocol"], target["name"], target["identity"])
                 name = digest([*key, member["attack"], member["version"], eps, content])
                 yield Unit(name, batch, target["name"], eps, member["name"], member["column"], names)
+
+
+def records_of(manifest: Mapping, units: Mapping[str, Sequence[Record]]) -> Iterator[Record]:
+    """The records of a complete ledger's units, under the names that its attacks have now. Others are left out: a
+    replaced ledger keeps those of earlier weights, attacks and images."""
+    for unit in units_of(manifest):
+        for record in units[unit.name]:
+            yield {**record, "attack": unit.member}
 
 
 def cost_table(manifest: Mapping) -> list[str]:

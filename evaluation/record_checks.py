@@ -12,7 +12,7 @@ import numpy as np
 from evaluation.findings import Finding
 from evaluation.formats import percent
 from evaluation.ledger import Record
-from evaluation.plan import units_of
+from evaluation.plan import records_of
 from evaluation.suites import CLEAN
 from evaluation.targets import Kind
 from metrics.gate import COLLAPSE, effective_experts
@@ -107,16 +107,12 @@ def check_records(
 def check_manifest(
     manifest: Mapping, units: Mapping[str, Sequence[Record]], checks: Sequence[Check] | None = None
 ) -> list[Finding]:
-    """`check_records` of a ledger as `read_manifest` and `read_units` give it. Units that the manifest doesn't ask for
-    are left out: a replaced ledger keeps those of earlier weights, attacks and images. So are earlier names of
-    attacks."""
+    """`check_records` of a complete ledger as `read_manifest` and `read_units` give it."""
     targets, protocol = manifest["targets"], manifest["protocol"]
     columns = {one["name"]: {own["name"]: own["column"] for own in one["members"]} for one in targets}
     kinds = {one["name"]: one["identity"]["kind"] for one in targets}
     rounded = protocol.get("adversarials") == "uint8"
-    records = (
-        {**record, "attack": unit.member} for unit in units_of(manifest) for record in units[unit.name]
-    )
+    records = records_of(manifest, units)
     return check_records(
         records, kinds, columns, dataset=protocol.get("dataset", ""), quantised=rounded, checks=checks
     )
