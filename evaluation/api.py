@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import Component
-from evaluation.beside import CERTIFICATES, write_beside
+from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, attack_all
 from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
 from evaluation.suites import extra_members, members, needs_class_weights
+from evaluation.target_checks import check_first
 from evaluation.targets import target_of
 
 
@@ -44,6 +45,7 @@ def evaluate(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    checks: bool = True,
     log: Log = print,
 ) -> Report:
     """Attacks a network on all images of a loader and says what is left of it.
@@ -54,6 +56,8 @@ def evaluate(
     labelled pixels of each class in the training data (None: in the loader), for attacks that weigh classes.
     blocks: for each image the name of its block of similar ones (None: each image for itself). folder: where ledger
     and tables are kept, so that a second call goes on where the first was stopped (None: nowhere).
+    checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
+    gradients, batches, an implanted weakness that attacks have to find.
 
     UserError for images outside [0, 1] or labels that the network has no class for."""
     batches = loader if iter(loader) is not loader else list(loader)
@@ -76,6 +80,9 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
+        device = torch.device(device)
+        found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
+        write_beside(place / FINDINGS, found)
         certified = certify_targets([target], scenes, setup, device)
         write_beside(place / CERTIFICATES, certified)
         results = write_robust(place, place / "ledger")

@@ -80,6 +80,19 @@ def test_half_precision_is_refused():
         evaluate(Half(), loader(), "none", attacks=FGSM, eps=[1 / 255], log=str)
 
 
+def test_the_network_itself_is_checked():
+    class Brain(toy.Net):
+        def forward(self, images):
+            logits = nn.functional.conv2d(images.bfloat16(), self.conv.weight.bfloat16(), padding=1)
+            return 8 * logits.float()
+
+    def is_flagged(model, **more):
+        report = evaluate(model, loader(), "none", attacks=FGSM, eps=[1 / 255], **more, log=str)
+        return "model: float32: computes in bfloat16" in report.markdown
+
+    assert is_flagged(Brain(0)) and not is_flagged(toy.Net(0)) and not is_flagged(Brain(0), checks=False)
+
+
 @pytest.mark.parametrize(
     ("change", "told"), [({"eps": [0]}, "eps: .0. is wrong"), ({"norm": "l1"}, "norm: 'l1'")]
 )
