@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.config import UserError
+from engine.schema import motionless
 from evaluation.adversarials import Kept
 from evaluation.formats import aligned, number
 from evaluation.ledger import Record, digest, plain
@@ -45,6 +46,8 @@ class Setup:
             raise UserError(f"eps: {list(self.eps)} is wrong; expected numbers above 0, each only once")
         if self.norm not in ("linf", "l2"):
             raise UserError(f"norm: {self.norm!r} is unknown; allowed: linf, l2")
+        if self.adversarials == "uint8" and motionless(min(self.eps)):
+            raise UserError(f"eps: {motionless(min(self.eps))}")
 
     def protocol(self, device: torch.device, threads: int) -> dict:
         """All that the records of every target depend on."""
