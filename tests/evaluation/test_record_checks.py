@@ -23,7 +23,7 @@ IMAGES = ("a", "b")
 def records(attack="clean", right=(900, 900), eps=8 / 255, **changes):
     """A record per image, of 1000 pixels each, `right` of them right."""
     base = {
-        "target": "net", "source": "net", "attack": attack, "settings": {"name": attack.split()[0]},
+        "target": "net", "source": "net", "attack": attack, "settings": {"name": attack.split()[0], "steps": 100},
         "eps": 0.0 if attack == "clean" else eps, "norm": "linf", "incumbent": "pixels", "valid": PIXELS,
         "backwards": 0 if attack == "clean" else 100, "zero_gradients": 0, "bad_gradients": 0, "unsettled": 0.0,
     }  # fmt: skip
@@ -108,8 +108,33 @@ def test_a_loss_that_has_not_settled_is_flagged_of_long_attacks():
         return severity(records(name, right, **more), name="incomplete optimisation")
 
     assert found(unsettled=0.05) == {"ok"} and found(unsettled=0.051) == {"flag"}
-    assert found(unsettled=0.5, backwards=20) == {"note"}
+    assert found(unsettled=0.5, settings={"name": "pgd", "steps": 20}) == {"note"}
     assert found(unsettled=None) == found(name="joint", unsettled=1.0) == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"name": "pgd", "loss": "ce", "restarts": 4}, "it begins several times"),
+        ({"name": "apgd_targeted", "targets": 9}, "it begins several times"),
+        ({"name": "pgd", "loss": "masked_ce"}, "masked_ce goes up and down by itself"),
+        ({"name": "segpgd", "restarts": 1}, "segpgd goes up and down by itself"),
+        ({"name": "cospgd"}, "cospgd goes up and down by itself"),
+        ({"name": "apgd", "loss": "masked_ce", "track": "loss"}, "masked_ce goes up and down by itself"),
+        ({"name": "apgd", "loss": "masked_ce", "track": None}, ""),
+        ({"name": "apgd", "loss": "dlr"}, ""),
+        ({"name": "pgd", "loss": "ce", "restarts": 1}, ""),
+    ],
+)
+def test_losses_that_do_not_tell_are_not_judged(settings, reason):
+    """20 steps four times over are no 80 steps that have not settled."""
+    moving = records("own", (100, 100), unsettled=1.0, settings={**settings, "steps": 20}, backwards=80)
+    (finding,) = check(moving, name="incomplete optimisation")
+    assert finding.severity == "note"
+    if reason:
+        assert finding.text == f"not judged: own ({reason})" and finding.attack == ""
+    else:
+        assert finding.attack == "own" and finding.text.startswith("in the last 10 of 20 steps")
 
 
 def test_images_that_are_broken_need_not_settle():
