@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.config import Component
+from engine.config import Component, UserError
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
@@ -17,7 +17,7 @@ from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
 from evaluation.suites import extra_members, members, needs_class_weights
 from evaluation.target_checks import check_first
-from evaluation.targets import target_of
+from evaluation.targets import has_tensors, target_of
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,18 @@ def evaluate(
     order whenever it is gone through. attacks: further ones, as engine.config.component makes them. class_pixels:
     labelled pixels of each class in the training data (None: in the loader), for attacks that weigh classes.
     blocks: for each image the name of its block of similar ones (None: each image for itself). folder: where ledger
-    and tables are kept, so that a second call goes on where the first was stopped (None: nowhere).
+    and tables are kept, so that a second call goes on where the first was stopped (None: nowhere); a model
+    without tensors of its own, such as a function, can't be told from another one and needs a new folder each time.
     checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
     gradients, batches, an implanted weakness that attacks have to find.
 
-    UserError for images outside [0, 1] or labels that the network has no class for."""
+    UserError for images outside [0, 1], labels that the network has no class for, and a folder that is of another
+    model, or may be."""
+    if folder is not None and not has_tensors(model) and (Path(folder) / "ledger" / "manifest.json").exists():
+        raise UserError(
+            f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
+            "told from the model of that one; take a new folder, or give the nn.Module itself"
+        )
     batches = loader if iter(loader) is not loader else list(loader)
     first = next(iter(batches))[0]
     if isinstance(model, nn.Module):
