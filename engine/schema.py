@@ -23,6 +23,7 @@ from engine.values import (
     Subsets,
     Text,
     byte_count,
+    number_or_none,
 )
 from engine.yaml_source import expand
 
@@ -357,7 +358,8 @@ class Evaluate(Section):
     )
     adversarials: Literal["none", "uint8", "float32"] = Field(
         "none",
-        description="keep attacked images beside the ledger; uint8: they are rounded, inside eps, before scoring",
+        description="keep attacked images beside the ledger; uint8: they are rounded, inside eps (from 1/255 on), "
+        "before scoring",
     )
     corruptions: Annotated[
         Corruptions | Literal["none"], PlainValidator(partial(_section_or_none, Corruptions))
@@ -368,6 +370,25 @@ class Evaluate(Section):
         True, description="rows a gate must beat: constant weights, true subset, random gate"
     )
     ceilings: Bool = Field(True, description="rows that bound a gate: oracle_expert, best_gate")
+
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        eps = data.get("eps", cls.model_fields["eps"].default)
+        if data.get("adversarials") != "uint8" or not isinstance(eps, list):
+            return []
+        numbers = [number for number in map(number_or_none, eps) if number]
+        return [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
+
+
+def motionless(eps: float) -> str:
+    """What is wrong with an eps where attacked images are rounded to bytes: nothing, or that none can differ from
+    the clean one."""
+    if eps > 1 / 255 - 1e-9:
+        return ""
+    return (
+        f"{eps * 255:.4g}/255 with adversarials: uint8 is no attack, as images of bytes change by 1/255 at least; take "
+        "eps from 1/255 on, or adversarials: float32"
+    )
 
 
 def boundless(key: str, eps: Any) -> list[Mistake]:

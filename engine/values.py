@@ -23,6 +23,14 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def number_or_none(value: Any) -> float | None:
+    """A number as YAML may have it, None for anything else: a mistake that is told elsewhere."""
+    try:
+        return _number(value)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
 def byte_count(text: str) -> int:
     """Bytes of a size such as "40GB", in powers of 1000; ValueError for anything else."""
     match = _BYTES.fullmatch(text)

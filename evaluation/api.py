@@ -8,15 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.config import Component
-from evaluation.beside import CERTIFICATES, write_beside
+from engine.config import Component, UserError
+from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, attack_all
 from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
 from evaluation.suites import extra_members, members, needs_class_weights
-from evaluation.targets import target_of
+from evaluation.target_checks import check_first
+from evaluation.targets import has_tensors, target_of
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def evaluate(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    checks: bool = True,
     log: Log = print,
 ) -> Report:
     """Attacks a network on all images of a loader and says what is left of it.
@@ -53,9 +55,18 @@ def evaluate(
     order whenever it is gone through. attacks: further ones, as engine.config.component makes them. class_pixels:
     labelled pixels of each class in the training data (None: in the loader), for attacks that weigh classes.
     blocks: for each image the name of its block of similar ones (None: each image for itself). folder: where ledger
-    and tables are kept, so that a second call goes on where the first was stopped (None: nowhere).
+    and tables are kept, so that a second call goes on where the first was stopped (None: nowhere); a model
+    without tensors of its own, such as a function, can't be told from another one and needs a new folder each time.
+    checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
+    gradients, batches, an implanted weakness that attacks have to find.
 
-    UserError for images outside [0, 1] or labels that the network has no class for."""
+    UserError for images outside [0, 1], labels that the network has no class for, and a folder that is of another
+    model, or may be."""
+    if folder is not None and not has_tensors(model) and (Path(folder) / "ledger" / "manifest.json").exists():
+        raise UserError(
+            f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
+            "told from the model of that one; take a new folder, or give the nn.Module itself"
+        )
     batches = loader if iter(loader) is not loader else list(loader)
     first = next(iter(batches))[0]
     if isinstance(model, nn.Module):
@@ -76,6 +87,9 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
+        device = torch.device(device)
+        found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
+        write_beside(place / FINDINGS, found)
         certified = certify_targets([target], scenes, setup, device)
         write_beside(place / CERTIFICATES, certified)
         results = write_robust(place, place / "ledger")

@@ -18,6 +18,8 @@ from attacks.routed import look_inside
 from evaluation.floor import is_close, parts_of, some_weights
 from evaluation.plan import Scene, Setup
 from evaluation.targets import ROUTED, Target, under_attack
+from networks.moe import Frozen
+from networks.normalize import Normalize
 
 NONE = "none computed"
 AFFINE = (nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d)
@@ -32,6 +34,7 @@ AVERAGES = (
     nn.Dropout2d,
 )
 MONOTONE = (*AVERAGES, nn.Flatten, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d)
+SUPPORTED = (*AFFINE, *MONOTONE, Normalize)
 UPSAMPLING = ("nearest", "nearest-exact", "bilinear")  # bicubic has weights below 0
 
 
@@ -145,13 +148,21 @@ def certify_mixture(
 
 def chain(network: nn.Module) -> list[nn.Module]:
     """The layers of nested nn.Sequential, and of a frozen expert, in order; else the network as its own layer."""
-    if getattr(type(network), "forward", None) is nn.Sequential.forward:
+    if getattr(type(network), "forward", None) is nn.Sequential.forward and is_plain(network):
         return [layer for child in network for layer in chain(child)]
-    return chain(network.network) if type(network).__name__ == "Frozen" else [network]
+    return chain(network.network) if type(network) is Frozen and is_plain(network) else [network]
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a call does what forward of its class does, and nothing else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and type(module).__call__ is nn.Module.__call__
 
 
 def is_supported(layer: nn.Module) -> bool:
-    """Whether `bounds` hold for it."""
+    """Whether `bounds` hold for it. A subclass may do anything, so that only these very classes are known."""
+    if type(layer) not in SUPPORTED or not is_plain(layer):
+        return False
     if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
         return not layer.training and layer.running_var is not None
     if isinstance(layer, nn.Dropout | nn.Dropout2d):
@@ -160,7 +171,7 @@ def is_supported(layer: nn.Module) -> bool:
         return layer.padding_mode == "zeros"
     if isinstance(layer, nn.Upsample):
         return layer.mode in UPSAMPLING
-    return isinstance(layer, (*AFFINE, *MONOTONE)) or type(layer).__name__ == "Normalize"
+    return True
 
 
 def bounds(layer: nn.Module, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

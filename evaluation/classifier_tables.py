@@ -23,7 +23,7 @@ from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, 
 from evaluation.formats import csv_text, in_brackets, markdown_table, percent, points
 from evaluation.image_results import ON_EXPERTS, ON_ROUTER, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
-from evaluation.plan import units_of
+from evaluation.plan import records_of
 from evaluation.record_checks import GAP, check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
@@ -327,7 +327,12 @@ def robust_markdown(
                     for (first, second), found in pairs.items()
                 ]
         for eps in results.ladder:
-            lines += ["", f"## eps {eps_text(eps)}: single attacks, top-1", "", *single_table(results, eps, flags)]
+            lines += [
+                "",
+                f"## eps {eps_text(eps)}: single attacks, top-1",
+                "",
+                *single_table(results, eps, flags),
+            ]
     if auto is not None:
         lines += ["", "## AutoAttack", "", *auto_lines(results, auto, flags)]
     if findings:
@@ -470,7 +475,7 @@ def write_classifier_tables(
         rows += robust_rows(one)
         timing += timing_rows(name, one, read_seconds(ledgers[name]))
         kinds = {target: own["identity"]["kind"] for target, own in one.targets.items()}
-        records = [record for unit in units_of(manifest) for record in units[unit.name]]
+        records = list(records_of(manifest, units))
         telemetry += telemetry_rows(records, kinds)
     if auto is not None:
         findings += auto_findings(results, auto)

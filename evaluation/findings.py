@@ -71,15 +71,17 @@ def in_words(finding: Finding) -> str:
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:
-    """Of a report: flags, then notes, in full; then which checks found nothing wrong, for which targets."""
+    """Of a report: flags, then notes, in full; then which checks found nothing wrong at all, for which targets."""
     flags, notes, fine = (
         [one for one in findings if one.severity == severity] for severity in ("flag", "note", "ok")
     )
     lines = Flags(flags).lines() or ["No check raised a flag."]
     lines += [f"Note: {in_words(one)}" for one in notes]
+    told = {(one.title, one.target) for one in (*flags, *notes)}
     passed: dict[str, dict[str, None]] = {}
     for one in fine:
-        passed.setdefault(one.title, {})[one.target] = None
+        if (one.title, one.target) not in told:
+            passed.setdefault(one.title, {})[one.target] = None
     return lines + [f"Nothing wrong: {title}: {', '.join(targets)}." for title, targets in passed.items()]
 
 

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from engine.config import UserError
+from engine.schema import motionless
 from evaluation.adversarials import Kept
 from evaluation.formats import aligned, number
-from evaluation.ledger import digest, plain
+from evaluation.ledger import Record, digest, plain
 from evaluation.suites import CLEAN, Member
 from evaluation.targets import Target
 
@@ -45,6 +46,8 @@ class Setup:
             raise UserError(f"eps: {list(self.eps)} is wrong; expected numbers above 0, each only once")
         if self.norm not in ("linf", "l2"):
             raise UserError(f"norm: {self.norm!r} is unknown; allowed: linf, l2")
+        if self.adversarials == "uint8" and motionless(min(self.eps)):
+            raise UserError(f"eps: {motionless(min(self.eps))}")
 
     def protocol(self, device: torch.device, threads: int) -> dict:
         """All that the records of every target depend on."""
@@ -120,6 +123,14 @@ def units_of(manifest: Mapping) -> Iterator[Unit]:
                 key = (manifest["protocol"], target["name"], target["identity"])
                 name = digest([*key, member["attack"], member["version"], eps, content])
                 yield Unit(name, batch, target["name"], eps, member["name"], member["column"], names)
+
+
+def records_of(manifest: Mapping, units: Mapping[str, Sequence[Record]]) -> Iterator[Record]:
+    """The records of a complete ledger's units, under the names that its attacks have now. Others are left out: a
+    replaced ledger keeps those of earlier weights, attacks and images."""
+    for unit in units_of(manifest):
+        for record in units[unit.name]:
+            yield {**record, "attack": unit.member}
 
 
 def cost_table(manifest: Mapping) -> list[str]:

@@ -132,13 +132,7 @@ def work(
     by_batch: dict[int, dict[str, list[Unit]]] = {}
     for unit in todo:
         by_batch.setdefault(unit.batch, {}).setdefault(unit.target, []).append(unit)
-    attacks = {
-        target.name: {
-            member.name: member
-            for member in (replace(CLEAN, network_passes=target.networks), *members[target.name])
-        }
-        for target in targets
-    }
+    attacks = {target.name: members_of(target, members) for target in targets}
     weight = {
         unit.name: attacks[unit.target][unit.member].network_passes * len(unit.images)
         for target in targets
@@ -193,33 +187,26 @@ class Bench:
         points = {"pixels": found.images, "balanced": found.balanced}
         if self.setup.adversarials == "uint8":
             points = {name: quantised(one, self.images, threat) for name, one in points.items()}
-        shared = self._of_attack(member, eps, found)
+        shared = self._of_attack(member, found)
+        unit = about_unit(self.target, member, eps, self.setup)
         records = []
         for incumbent in INCUMBENTS:
             check_inside(points[incumbent], self.images, threat)
             own = self.score(points[incumbent])
             for place, name in enumerate(self.scene.names):
-                about = {"image": name, "incumbent": incumbent}
+                about = {**unit, "image": name, "incumbent": incumbent}
                 about |= {key: values[place] for key, values in shared.items()}
                 records.append(about | {key: values[place] for key, values in own.items()})
         return records, points
 
-    def _of_attack(self, member: Member, eps: float, found: Found) -> dict[str, list]:
+    def _of_attack(self, member: Member, found: Found) -> dict[str, list]:
         """What holds for both incumbents: values per image."""
         count = len(self.scene.names)
         kept = trace_places(len(found.losses))
         return {
-            "target": [self.target.name] * count,
-            "source": [source_of(self.target, member)] * count,
-            "attack": [member.name] * count,
-            "settings": [member.about["attack"]] * count,
-            "version": [member.version] * count,
-            "eps": [eps] * count,
-            "norm": [self.setup.norm] * count,
-            "seed": [self.setup.seed] * count,
             "forwards": [found.forwards] * count,
             "backwards": [found.backwards] * count,
-            "network_passes": [round(found.forwards * member.network_passes / member.forwards)] * count,
+            "network_passes": [network_passes(member, found.forwards)] * count,
             "zero_gradients": found.zero_gradients.tolist(),
             "bad_gradients": found.bad_gradients.tolist(),
             "claimed_correct": found.correct.tolist(),
@@ -291,6 +278,31 @@ class Bench:
             "least_margin": rounded(gap.amin(dim=1).tolist()),
             "entropy": rounded(entropy.transpose(0, 1).flatten(1).mean(dim=1).tolist()),
         }
+
+
+def about_unit(target: Target, member: Member, eps: float, setup: Setup) -> Record:
+    """What all records of an attack on a target say of it."""
+    return {
+        "target": target.name,
+        "source": source_of(target, member),
+        "attack": member.name,
+        "settings": member.about["attack"],
+        "version": member.version,
+        "eps": eps,
+        "norm": setup.norm,
+        "seed": setup.seed,
+    }
+
+
+def network_passes(member: Member, forwards: int) -> int:
+    """Networks that ran in so many passes of an attack, per image."""
+    return round(forwards * member.network_passes / member.forwards)
+
+
+def members_of(target: Target, members: Mapping[str, Sequence[Member]]) -> dict[str, Member]:
+    """All that is run on a target by name: nothing (the clean images), then its attacks."""
+    every = (replace(CLEAN, network_passes=target.networks), *members[target.name])
+    return {member.name: member for member in every}
 
 
 def source_of(target: Target, member: Member) -> str:

@@ -14,7 +14,7 @@ from evaluation.detectors import DETECTION_COLUMNS, detection_table
 from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows
 from evaluation.formats import aligned, csv_text, markdown_table, percent
 from evaluation.ledger import read_manifest, read_seconds, read_units
-from evaluation.plan import units_of
+from evaluation.plan import records_of
 from evaluation.record_checks import check_manifest
 from evaluation.results import FLOOR, KINDS
 from evaluation.robust_results import COLUMNS, RobustResults, Worst, within_floor
@@ -50,7 +50,7 @@ def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
     manifest, units = read_manifest(ledger), read_units(ledger)
     results, beside = RobustResults(manifest, units), read_beside(folder)
     beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
-    records = [record for unit in units_of(manifest) for record in units[unit.name]]
+    records = list(records_of(manifest, units))
     kinds = {name: target["identity"]["kind"] for name, target in results.targets.items()}
     experts = {name: list(target["identity"].get("experts", ())) for name, target in results.targets.items()}
     rows = robust_rows(results, beside.certificates)

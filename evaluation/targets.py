@@ -98,7 +98,7 @@ def experts_of(model: Callable, kind: Kind) -> int:
 
 def fingerprint_of(model: Callable) -> dict[str, str]:
     """{"tensors": SHA-256 over all parameters and buffers, "modules": one over its modules and their settings}.
-    A plain function, which has neither, is known by its name only."""
+    A plain function, which has neither, is known by its name only: see `has_tensors`."""
     if not isinstance(model, nn.Module):
         return {"function": getattr(model, "__qualname__", type(model).__qualname__)}
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -106,6 +106,11 @@ def fingerprint_of(model: Callable) -> dict[str, str]:
         "tensors": tensors_sha256(tensors),
         "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
     }
+
+
+def has_tensors(model: Callable) -> bool:
+    """Whether its fingerprint tells it from others: it is a module that holds its weights itself."""
+    return isinstance(model, nn.Module) and any(True for _ in chain(model.parameters(), model.buffers()))
 
 
 def class_weights(class_pixels: Sequence[int]) -> Tensor:

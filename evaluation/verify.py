@@ -2,30 +2,53 @@
 
 SUBMISSION is the folder of an evaluation under attack that kept its images (evaluate.adversarials: uint8): its
 config.yaml, ledger/ and robustness.csv. Whether weights and clean images are the ones the ledger was made with, its
-images are inside the ball, the networks say of them what the records say, and the table is what follows from these:
-none of it is taken on trust. Attacks are not run again, so that it takes a forward pass for each recorded image.
+images are inside the ball, suite and attacks are those of the config, the networks say of the images what the records
+say, certificates hold, and the tables are what follows from these: none of it is taken on trust. Attacks are not run
+again, so that it takes a forward pass for each recorded image; how an attack went (losses, gradients, what it claims)
+and what stands beside the ledger (findings, transfer, detectors) is not checked.
 """
 
 import argparse
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import Evaluation, UserError, load
 from evaluation.adversarials import load_adversarials
-from evaluation.ledger import differences, plain, read_lines, read_manifest, read_units, shown
-from evaluation.plan import Scene, Setup, Unit, units_of
-from evaluation.robust import Bench, images_of
+from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
+from evaluation.certificate import certify_targets
+from evaluation.ledger import (
+    INCUMBENTS,
+    brief,
+    differences,
+    plain,
+    read_lines,
+    read_manifest,
+    read_units,
+    shown,
+)
+from evaluation.plan import Scene, Setup, Unit, manifest_of, units_of
+from evaluation.robust import Bench, about_unit, images_of, members_of, network_passes
 from evaluation.robust_tables import write_robust
+from evaluation.suites import Member
 from evaluation.targets import Target, exact_float32, under_attack
 
 ROUNDING = 1e-6  # of a distance in float32
-ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may tip over
+ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may tip over; of routing, too
+# What is the same on every machine: it follows from images, labels and the plan alone.
+EXACT = ("valid", "linf", "l2", "status", "target", "source", "settings", "version", "eps", "norm", "seed")
+BESIDE = (FINDINGS, CERTIFICATES, TRANSFER, DETECTORS)
+TABLES = (
+    "checks.csv", "telemetry.csv", "components.csv", "winners.csv", "timing.csv", "transfer.csv", "detectors.csv",
+    "robustness.md", "robustness.csv",
+)  # fmt: skip
 
 
 @dataclass
@@ -50,16 +73,21 @@ class Verdict:
 
 
 def verify(
-    folder: str | Path, targets: Sequence[Target], scenes: Iterable[Scene], device: torch.device | str = "cpu"
+    folder: str | Path,
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    scenes: Iterable[Scene],
+    device: torch.device | str = "cpu",
 ) -> Verdict:
-    """The submission in a folder against the networks and clean images that it claims to be about.
+    """The submission in a folder against the networks, their attacks by name, the setup and the clean images that it
+    claims to be about; scenes are gone through twice.
 
     UserError for a folder without a complete ledger, or one that kept no images."""
-    folder = Path(folder)
+    folder, device = Path(folder), torch.device(device)
     ledger = folder / "ledger"
     manifest, units = read_manifest(ledger), read_units(ledger)
-    setup = setup_in(manifest)
-    if setup.adversarials == "none":
+    if manifest["protocol"]["adversarials"] == "none":
         raise UserError(f"{ledger}: holds no adversarial images; evaluate with evaluate.adversarials: uint8")
     wanted = list(units_of(manifest))
     lacking = [unit for unit in wanted if unit.name not in units]
@@ -69,7 +97,7 @@ def verify(
     damaged = sum(damaged_lines(path) for path in sorted(ledger.glob("segment_*.jsonl")))
     if damaged:
         verdict.problems.append(f"{damaged} lines of the ledger have a wrong checksum")
-    known = networks_named(manifest, targets, verdict)
+    known = rows_as_asked(manifest, targets, members, setup, verdict)
     before = torch.get_num_threads()
     torch.set_num_threads(manifest["protocol"]["threads"])
     try:
@@ -78,32 +106,33 @@ def verify(
             batches += 1
             if same_images(scene, index, manifest, setup, verdict):
                 own = [unit for unit in wanted if unit.batch == index and unit.target in known]
-                score_again(known, own, units, scene, setup, ledger, torch.device(device), verdict)
+                score_again(known, members, own, units, scene, setup, ledger, device, verdict)
         if batches != len({image["batch"] for image in manifest["images"]}):
             verdict.problems.append(f"the data set gives {batches} batches of images, the ledger has others")
+        if (folder / CERTIFICATES).exists() and len(known) == len(manifest["targets"]):
+            certified = certify_targets(list(known.values()), scenes, setup, device)
+            if read_beside(folder).certificates != certified:
+                verdict.problems.append(f"{CERTIFICATES} is not what interval bounds give")
     finally:
         torch.set_num_threads(before)
-    with tempfile.TemporaryDirectory() as again:
-        write_robust(again, ledger)
-        for name in ("winners.csv", "telemetry.csv", "components.csv"):
-            if (Path(again) / name).read_bytes() != read(folder / name):
-                verdict.problems.append(f"{name} is not what follows from the ledger")
-        if attacked(Path(again) / "robustness.csv") != attacked(folder / "robustness.csv"):
-            verdict.problems.append("robustness.csv is not what follows from the ledger")
+    if not verdict.problems:  # of records that are wrong there may be no tables
+        verdict.problems += wrong_tables(folder, ledger)
     return verdict
 
 
-def setup_in(manifest: dict) -> Setup:
-    """How the targets of a ledger were attacked."""
-    protocol = manifest["protocol"]
-    return Setup(
-        classes=tuple(protocol["classes"]),
-        eps=tuple(manifest["eps"]),
-        norm=protocol["norm"],
-        seed=protocol["seed"],
-        ignore_index=protocol["ignore_index"],
-        adversarials=protocol["adversarials"],
-    )
+def wrong_tables(folder: Path, ledger: Path) -> list[str]:
+    """A problem for each table that differs from what ledger and files beside it give."""
+    with tempfile.TemporaryDirectory() as temporary:
+        again = Path(temporary)
+        for name in (*BESIDE, "results.csv"):
+            if (folder / name).exists():
+                shutil.copy(folder / name, again)
+        write_robust(again, ledger)
+        return [
+            f"{name} is not what follows from the ledger"
+            for name in (*TABLES, "results.csv")
+            if read(again / name) != read(folder / name)
+        ]
 
 
 def damaged_lines(path: Path) -> int:
@@ -112,19 +141,42 @@ def damaged_lines(path: Path) -> int:
         return sum(1 for _ in file) - sum(1 for _ in read_lines(path))
 
 
-def networks_named(manifest: dict, targets: Sequence[Target], verdict: Verdict) -> dict[str, Target]:
-    """The targets of the ledger that are the networks they claim to be, by name."""
-    given, known = {target.name: target for target in targets}, {}
-    for claimed in manifest["targets"]:
-        name = claimed["name"]
+def rows_as_asked(
+    manifest: dict,
+    targets: Sequence[Target],
+    members: Mapping[str, Sequence[Member]],
+    setup: Setup,
+    verdict: Verdict,
+) -> dict[str, Target]:
+    """The targets of the ledger that are the networks they claim to be, attacked as the config asks, by name. What the
+    machine that made it brings along (device, threads, torch) may be another."""
+    claimed = manifest["protocol"]
+    protocol = setup.protocol(torch.device(claimed["device"]), claimed["threads"]) | {
+        "torch": claimed["torch"]
+    }
+    asked = manifest_of(setup, protocol, targets, members, ())
+    heads = [{key: one[key] for key in ("protocol", "suite", "subset", "eps")} for one in (manifest, asked)]
+    if heads[0] != heads[1]:
+        verdict.problems.append(f"the ledger is not what the config asks for: {shown(differences(*heads))}")
+    given, rows = {target.name: target for target in targets}, {one["name"]: one for one in asked["targets"]}
+    known = {}
+    for row in manifest["targets"]:
+        name = row["name"]
         if name not in given:
             verdict.problems.append(f"{name}: the config names no such row")
             continue
-        different = differences(claimed["identity"], plain(given[name].identity))
+        different = differences(row["identity"], rows[name]["identity"])
         if different:
             verdict.problems.append(f"{name}: other weights or another network: {shown(different)}")
+        elif row != rows[name]:
+            told = shown(differences(row, rows[name])) or "in another order"
+            verdict.problems.append(f"{name}: other attacks than the config asks for: {told}")
+        elif name in known:
+            verdict.problems.append(f"{name}: stands in the ledger twice")
         else:
             known[name] = given[name]
+    there = [row["name"] for row in manifest["targets"]]
+    verdict.problems += [f"{name}: the ledger lacks this row" for name in given if name not in there]
     return known
 
 
@@ -132,9 +184,8 @@ def same_images(scene: Scene, index: int, manifest: dict, setup: Setup, verdict:
     """Whether a batch is the one that was attacked."""
     claimed = [image for image in manifest["images"] if image["batch"] == index]
     found = images_of(scene, index, setup)
-    different = [one["name"] for one in found if one not in claimed]
-    if different or len(found) != len(claimed):
-        names = ", ".join(different) or "their number"
+    if found != claimed:
+        names = ", ".join(one["name"] for one in found if one not in claimed) or "their number or order"
         verdict.problems.append(f"batch {index}: other clean images, labels or blocks: {names}")
         return False
     return True
@@ -142,6 +193,7 @@ def same_images(scene: Scene, index: int, manifest: dict, setup: Setup, verdict:
 
 def score_again(
     targets: dict[str, Target],
+    members: Mapping[str, Sequence[Member]],
     todo: Sequence[Unit],
     units: dict[str, list[dict]],
     scene: Scene,
@@ -152,37 +204,95 @@ def score_again(
 ) -> None:
     """What the networks say of the kept images of a batch, beside what the records say."""
     for name in dict.fromkeys(unit.target for unit in todo):
+        own = members_of(targets[name], members)
         with under_attack(targets[name].model), exact_float32(device):
             bench = Bench(targets[name], scene, setup, device)
             for unit in todo:
                 if unit.target == name:
-                    compare(bench, unit, units[unit.name], ledger, verdict)
+                    path = ledger / "adversarials" / f"{unit.name}.npz"
+                    compare(bench, unit, own[unit.member], units[unit.name], load_adversarials(path), verdict)
                     verdict.units += 1
 
 
-def compare(bench: Bench, unit: Unit, records: list[dict], ledger: Path, verdict: Verdict) -> None:
-    points = load_adversarials(ledger / "adversarials" / f"{unit.name}.npz")
-    for incumbent, kept in points.items():
-        where = f"{unit.target}, {unit.member} at eps {unit.eps * 255:.4g}/255, {incumbent}"
-        kept = kept.to(bench.images.device)
-        if kept.shape != bench.images.shape:
-            verdict.problems.append(f"{where}: images of shape {tuple(kept.shape)}")
+def compare(
+    bench: Bench,
+    unit: Unit,
+    member: Member,
+    records: list[dict],
+    points: dict[str, Tensor],
+    verdict: Verdict,
+) -> None:
+    """Records of a unit against its kept images: all that scoring these gives, and what the attack may have cost."""
+    where = f"{unit.target}, {unit.member} at eps {unit.eps * 255:.4g}/255"
+    expected = [(incumbent, name) for incumbent in INCUMBENTS for name in bench.scene.names]
+    if [(record["incumbent"], record["image"]) for record in records] != expected:
+        verdict.problems.append(f"{where}: its records are of other images than those of its batch")
+        return
+    about = plain(about_unit(bench.target, member, unit.eps, bench.setup))
+    del about["attack"]  # may be an earlier name; tables have the present one
+    for incumbent in INCUMBENTS:
+        kept = points.get(incumbent)
+        if kept is None or kept.shape != bench.images.shape:
+            told = "no images" if kept is None else f"images of shape {tuple(kept.shape)}"
+            verdict.problems.append(f"{where}, {incumbent}: {told}")
             continue
+        kept = kept.to(bench.images)
+        inside = sizes(kept - bench.images, bench.setup.norm) <= unit.eps + ROUNDING
+        inside &= ((kept >= 0) & (kept <= 1)).flatten(1).all(dim=1)
+        scored = bench.score(kept)
         own = [record for record in records if record["incumbent"] == incumbent]
-        outside = sizes(kept - bench.images, bench.setup.norm) > unit.eps + ROUNDING
-        outside |= (kept < 0).flatten(1).any(dim=1) | (kept > 1).flatten(1).any(dim=1)
-        again = bench.score(kept)
         for place, record in enumerate(own):
             verdict.images += 1
-            image = f"{where}: {record['image']}"
-            if outside[place]:
-                verdict.problems.append(f"{image}: outside the ball or [0, 1]")
-            off = pixels_off(record["cells"], again["cells"][place])
-            verdict.tipped += 0 < off <= ARITHMETIC * record["valid"]
-            if off > ARITHMETIC * record["valid"]:
-                verdict.problems.append(f"{image}: {off} of {record['valid']} pixels are not as recorded")
-        if len(own) != len(kept):
-            verdict.problems.append(f"{where}: {len(own)} records of {len(kept)} images")
+            again = about | {key: values[place] for key, values in scored.items()}
+            off = pixels_off(record["cells"], again["cells"])
+            verdict.tipped += 0 < off <= ARITHMETIC * again["valid"]
+            told = [] if inside[place] else ["outside the ball or [0, 1]"]
+            told += wrong_keys(record, again, member)
+            if told:
+                verdict.problems.append(f"{where}, {incumbent}: {record['image']}: {'; '.join(told)}")
+
+
+def wrong_keys(record: dict, again: dict, member: Member) -> list[str]:
+    """What a record says that isn't so: in words. again: what it should say, as far as that can be known."""
+    valid, found = again["valid"], []
+    off = pixels_off(record["cells"], again["cells"])
+    if off > ARITHMETIC * valid:
+        found.append(f"{off} of {valid} pixels are not as recorded")
+    for key, value in again.items():
+        if key == "cells" or (key == "route" and is_best(record.get(key), again["weights"])):
+            continue
+        near, pixels = (ROUNDING, 0.0) if key in EXACT else (ARITHMETIC, ARITHMETIC * valid)
+        if key not in record or not agree(record[key], value, near, pixels):
+            found.append(f"{key} is {brief(record.get(key))}, should be {brief(value)}")
+    for key in ("forwards", "backwards"):
+        if not 0 <= record[key] <= getattr(member, key):
+            found.append(f"{key} is {record[key]}, the attack takes {getattr(member, key)} at most")
+    passes = network_passes(member, record["forwards"])
+    if record["network_passes"] != passes:
+        found.append(f"network_passes is {record['network_passes']}, should be {passes}")
+    return found
+
+
+def agree(recorded, again, near: float, pixels: float) -> bool:
+    """Whether plain values are the same: whole numbers within `pixels`, others within `near` (relative above 1)."""
+    if isinstance(recorded, list) and isinstance(again, list):
+        pairs = zip(recorded, again, strict=False)
+        return len(recorded) == len(again) and all(agree(*pair, near, pixels) for pair in pairs)
+    if isinstance(recorded, int | float) and isinstance(again, int):
+        return abs(recorded - again) <= pixels
+    if isinstance(recorded, int | float) and isinstance(again, float):
+        return abs(recorded - again) <= near * max(1.0, abs(again))
+    return recorded == again
+
+
+def is_best(route: object, weights: list) -> bool:
+    """Whether experts [S, K] are those with the largest weights [S, E, K], but for arithmetic."""
+    weights = np.array(weights, dtype=float)
+    if np.shape(route) != weights[:, 0].shape:
+        return False
+    chosen = np.arange(weights.shape[1])[:, None] == np.array(route)[:, None]
+    near = weights >= weights.max(axis=1, keepdims=True) - ARITHMETIC
+    return bool((chosen & near).any(axis=1).all())
 
 
 def sizes(change: Tensor, norm: str) -> Tensor:
@@ -197,15 +307,12 @@ def pixels_off(recorded: list[list[int]], found: list[list[int]]) -> int:
     return -(-sum(abs(before.get(cell, 0) - after.get(cell, 0)) for cell in {**before, **after}) // 2)
 
 
-def attacked(path: Path) -> list[bytes]:
-    """Rows of a robustness.csv but certificates, which do not follow from the ledger."""
-    return [line for line in read(path).splitlines() if b",interval bounds," not in line]
-
-
-def read(path: Path) -> bytes:
-    """UserError where it can't be read."""
+def read(path: Path) -> bytes | None:
+    """None where there is no such file; UserError where it can't be read."""
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 

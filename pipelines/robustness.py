@@ -74,13 +74,16 @@ def attack_rows(
     return True
 
 
-def submitted(config: Evaluation, device: torch.device) -> tuple[list[Target], "Scenes"]:
-    """The rows and the clean images that the config of an evaluation stands for, as `attack_rows` had them."""
-    index = config.data.build()
-    targets, _ = attacked_rows(config, index, load_zoo(config, index))
+def submitted(
+    config: Evaluation, device: torch.device
+) -> tuple[list[Target], dict[str, list[Member]], Setup, "Scenes"]:
+    """The rows, the attacks of each, the setup and the clean images that the config of an evaluation stands for, as
+    `attack_rows` had them."""
+    index, subsets = config.data.build(), subsets_of(config)
+    targets, own = attacked_rows(config, index, load_zoo(config, index))
     for target in targets:
         target.model.to(device, memory_format=torch.channels_last)
-    return targets, scenes_of(config, index, subsets_of(config))
+    return targets, own, setup_of(config, index, subsets), scenes_of(config, index, subsets)
 
 
 def scenes_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> "Scenes":

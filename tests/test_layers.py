@@ -22,7 +22,8 @@ ALLOWED = {
     "scripts": {"pipelines"},
     "pipelines": set(LAYERS),
     "reports": {"evaluation", "engine", "metrics"},
-    "evaluation": {"engine", "attacks", "metrics"},
+    # certificates hold for layers of these very classes, not for others of their names
+    "evaluation": {"engine", "attacks", "metrics", "networks.moe", "networks.normalize"},
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},
     "attacks": {"engine.config"},
@@ -104,6 +105,7 @@ def test_every_folder_with_code_is_a_layer():
         ("engine", "from dataloaders.frames import Frame"),
         ("engine", "from evaluation import tables"),
         ("evaluation", "import pipelines.segmentation"),
+        ("evaluation", "from networks.deeplab import DeepLabV3Plus"),
         ("metrics", "import attacks.clean"),
         ("reports", "from networks.moe import Frozen"),
         ("scripts", "from engine.config import load"),

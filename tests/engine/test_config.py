@@ -105,6 +105,11 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
             "data.augment.scale: [1, 1, 1] is wrong; expected at most 2 entries",
         ),
         ("data.augment.scale=1", "data.augment.scale: 1 is wrong; expected a list such as [1, 2]"),
+        (
+            "evaluate={adversarials: uint8, eps: [1/255, 0.5/255]}",
+            "evaluate.eps: 0.5/255 with adversarials: uint8 is no attack, as images of bytes change by 1/255 at least; "
+            "take eps from 1/255 on, or adversarials: float32",
+        ),
         ("evaluate.eps=[]", "evaluate.eps: [] is wrong; expected at least one eps, each only once"),
         (
             "evaluate.attack_images=0",

@@ -1,5 +1,7 @@
 """evaluate(model, loader, suite) from Python: anybody's network."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -62,6 +64,35 @@ def test_a_folder_keeps_what_is_done(tmp_path, monkeypatch):
         evaluate(toy.Net(1), loader(), **run)
 
 
+@pytest.mark.parametrize("wrap", ["function", "partial", "module"])
+def test_a_folder_is_not_used_again_for_what_cannot_be_told_apart(tmp_path, wrap):
+    """Two functions of one name, and modules that hold their network as a function."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.call = lambda images: network(images)
+
+        def forward(self, images):
+            return self.call(images)
+
+    def attack(seed):
+        network = toy.Net(seed).requires_grad_(False)
+        models = {
+            "function": lambda images: network(images),
+            "partial": partial(network),
+            "module": Wrapped(network),
+        }
+        run = {"suite": "none", "attacks": FGSM, "eps": [1 / 255], "folder": tmp_path, "checks": False}
+        return evaluate(models[wrap], loader(), **run, log=str)
+
+    before = attack(0).rows
+    with pytest.raises(UserError, match="holds an evaluation already, .* take a new folder"):
+        attack(1)
+    tables = (tmp_path / "robustness.csv").read_text()
+    assert str(before[0]["value"]) in tables
+
+
 def test_blocks_are_the_units_of_intervals():
     run = {"suite": "none", "attacks": FGSM, "eps": [1 / 255], "log": str}
     alone = evaluate(toy.Net(0), loader(), **run)
@@ -78,6 +109,19 @@ def test_half_precision_is_refused():
 
     with pytest.raises(UserError, match="logits are torch.float16; robustness needs float32"):
         evaluate(Half(), loader(), "none", attacks=FGSM, eps=[1 / 255], log=str)
+
+
+def test_the_network_itself_is_checked():
+    class Brain(toy.Net):
+        def forward(self, images):
+            logits = nn.functional.conv2d(images.bfloat16(), self.conv.weight.bfloat16(), padding=1)
+            return 8 * logits.float()
+
+    def is_flagged(model, **more):
+        report = evaluate(model, loader(), "none", attacks=FGSM, eps=[1 / 255], **more, log=str)
+        return "model: float32: computes in bfloat16" in report.markdown
+
+    assert is_flagged(Brain(0)) and not is_flagged(toy.Net(0)) and not is_flagged(Brain(0), checks=False)
 
 
 @pytest.mark.parametrize(

@@ -140,22 +140,61 @@ def test_nothing_that_is_certified_falls_to_an_attack(seed, eps, headed):
 def test_bounding_differences_certifies_more():
     """A monotone layer of slope 1 at the end hides that the last convolution is linear."""
 
-    class Same(nn.ReLU):
-        def forward(self, values):
-            return values
-
+    same = nn.MaxPool2d(1)
     images = torch.rand(4, 3, 8, 8)
     model = network(0, nn.Upsample(scale_factor=2, mode="bilinear"))
     labels = model(images).argmax(1)
     folded, plain = (
-        certify(one, images, labels, 1 / 255).right for one in (model, nn.Sequential(model, Same()))
+        certify(one, images, labels, 1 / 255).right for one in (model, nn.Sequential(model, same))
     )
     assert folded[plain].all() and folded.sum() > plain.sum() > 0
+
+
+class Standardised(nn.Conv2d):
+    """A convolution with another weight than the one that it holds."""
+
+    def forward(self, values):
+        weight = self.weight - self.weight.mean(dim=(1, 2, 3), keepdim=True)
+        return nn.functional.conv2d(values, weight / weight.std(), self.bias)
+
+
+class OfImage(nn.Module):
+    """Divides each image by its own spread."""
+
+    def forward(self, images):
+        return (images - images.mean()) / images.std()
+
+
+OfImage.__name__ = "Normalize"
+
+
+def hooked():
+    layer = nn.Conv2d(3, 4, 1)
+    layer.register_forward_hook(lambda module, values, out: -out)
+    return layer
+
+
+def hooked_chain():
+    layer = nn.Sequential(nn.Conv2d(3, 4, 1))
+    layer.register_forward_pre_hook(lambda module, values: (-values[0],))
+    return layer
+
+
+def replaced():
+    layer = nn.Conv2d(3, 4, 1)
+    layer.forward = lambda values: -values
+    return layer
 
 
 @pytest.mark.parametrize(
     ("layer", "name"),
     [
+        (Standardised(3, 4, 1), "Standardised"),
+        (OfImage(), "Normalize"),
+        (hooked(), "Conv2d"),
+        (hooked_chain(), "Sequential"),
+        (replaced(), "Conv2d"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), "ParametrizedConv2d"),
         (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "Conv2d"),
         (nn.Upsample(scale_factor=2, mode="bicubic"), "Upsample"),
         (nn.GELU(), "GELU"),

@@ -1,5 +1,7 @@
 """Findings beside the figures that they touch."""
 
+from dataclasses import replace
+
 from evaluation.findings import Finding, Flags, finding_lines, finding_rows
 
 LOW, HIGH = 2 / 255, 8 / 255
@@ -30,6 +32,16 @@ def test_a_report_tells_flags_notes_and_what_was_fine():
         "Nothing wrong: float32: net.",
     ]
     assert finding_lines([FINE])[0] == "No check raised a flag."
+
+
+def test_a_check_that_flags_or_notes_a_model_anywhere_does_not_call_it_fine():
+    """At another eps, or of another attack, it may well be."""
+    fine = [replace(one, eps=1 / 255, attack="fgsm", severity="ok") for one in (MASKED, LOST, SHORT)]
+    other = replace(fine[1], target="other")
+    assert finding_lines([*ALL, *fine, other])[4:] == [
+        "Nothing wrong: float32: net.",
+        "Nothing wrong: silent success (indicator of attack failure 3): other.",
+    ]
 
 
 def test_rows_hold_everything():

@@ -10,6 +10,7 @@ from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import Scene
 from evaluation.record_checks import PUBLISHED, check_manifest, check_records
 from evaluation.robust import attack_all, unsettled
+from evaluation.robust_tables import write_robust
 from evaluation.suites import member
 from evaluation.targets import target_of
 from evaluation.traps import EPS, Trap
@@ -22,7 +23,7 @@ IMAGES = ("a", "b")
 def records(attack="clean", right=(900, 900), eps=8 / 255, **changes):
     """A record per image, of 1000 pixels each, `right` of them right."""
     base = {
-        "target": "net", "source": "net", "attack": attack, "settings": {"name": attack.split()[0]},
+        "target": "net", "source": "net", "attack": attack, "settings": {"name": attack.split()[0], "steps": 100},
         "eps": 0.0 if attack == "clean" else eps, "norm": "linf", "incumbent": "pixels", "valid": PIXELS,
         "backwards": 0 if attack == "clean" else 100, "zero_gradients": 0, "bad_gradients": 0, "unsettled": 0.0,
     }  # fmt: skip
@@ -107,8 +108,33 @@ def test_a_loss_that_has_not_settled_is_flagged_of_long_attacks():
         return severity(records(name, right, **more), name="incomplete optimisation")
 
     assert found(unsettled=0.05) == {"ok"} and found(unsettled=0.051) == {"flag"}
-    assert found(unsettled=0.5, backwards=20) == {"note"}
+    assert found(unsettled=0.5, settings={"name": "pgd", "steps": 20}) == {"note"}
     assert found(unsettled=None) == found(name="joint", unsettled=1.0) == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"name": "pgd", "loss": "ce", "restarts": 4}, "it begins several times"),
+        ({"name": "apgd_targeted", "targets": 9}, "it begins several times"),
+        ({"name": "pgd", "loss": "masked_ce"}, "masked_ce goes up and down by itself"),
+        ({"name": "segpgd", "restarts": 1}, "segpgd goes up and down by itself"),
+        ({"name": "cospgd"}, "cospgd goes up and down by itself"),
+        ({"name": "apgd", "loss": "masked_ce", "track": "loss"}, "masked_ce goes up and down by itself"),
+        ({"name": "apgd", "loss": "masked_ce", "track": None}, ""),
+        ({"name": "apgd", "loss": "dlr"}, ""),
+        ({"name": "pgd", "loss": "ce", "restarts": 1}, ""),
+    ],
+)
+def test_losses_that_do_not_tell_are_not_judged(settings, reason):
+    """20 steps four times over are no 80 steps that have not settled."""
+    moving = records("own", (100, 100), unsettled=1.0, settings={**settings, "steps": 20}, backwards=80)
+    (finding,) = check(moving, name="incomplete optimisation")
+    assert finding.severity == "note"
+    if reason:
+        assert finding.text == f"not judged: own ({reason})" and finding.attack == ""
+    else:
+        assert finding.attack == "own" and finding.text.startswith("in the last 10 of 20 steps")
 
 
 def test_images_that_are_broken_need_not_settle():
@@ -197,6 +223,25 @@ def test_the_trap_in_a_real_ledger_is_flagged_and_its_soft_control_is_not(tmp_pa
     assert set(flagged["hard"]) == {"masking", "gate collapse"}
     assert "leaves 0.00 % of accuracy, the common one 100.00 %: 100.00 points" in flagged["hard"]["masking"]
     assert flagged["soft"] == {}
+
+
+def test_a_replaced_ledger_is_checked_by_its_own_units_alone(tmp_path):
+    """The ledger keeps the units of more images, other weights, attacks that are gone and another name of one."""
+    toy.run(tmp_path / "replaced")
+    own, kind = toy.members(), {target.name: (target.kind, target.num_experts) for target in toy.targets()}
+    for name, (first, *_, last) in own.items():
+        own[name] = [member("renamed", first.attack, "common", *kind[name]), last]
+    targets = toy.targets()
+    targets[1] = target_of("mean", toy.Ensemble(toy.Net(7), toy.Net(8)), role="ensemble")
+    found = []
+    for folder in (tmp_path / "replaced", tmp_path / "fresh"):
+        ledger = folder / "ledger"
+        attack_all(ledger, toy.scenes()[:2], targets, own, toy.setup(), replace=True, log=str)
+        found.append(check_manifest(read_manifest(ledger), read_units(ledger)))
+        write_robust(folder, ledger)
+    assert found[0] == found[1]
+    assert {one.attack for one in found[0]} == {"", "renamed", "own"}
+    assert (tmp_path / "replaced/checks.csv").read_bytes() == (tmp_path / "fresh/checks.csv").read_bytes()
 
 
 def test_flags_of_a_toy_ledger_are_beside_their_rows(tmp_path):

@@ -109,6 +109,13 @@ def test_records_are_what_the_unmodified_network_says_of_images_inside_the_ball(
     assert attacked > 300
 
 
+def test_an_eps_that_bytes_cannot_hold_is_refused():
+    with pytest.raises(UserError, match="eps: 0.5/255 with adversarials: uint8 is no attack"):
+        toy.setup(adversarials="uint8", eps=(2 / 255, 0.5 / 255))
+    toy.setup(adversarials="float32", eps=(0.5 / 255,))
+    toy.setup(adversarials="uint8", eps=(1 / 255,))
+
+
 def test_uint8_images_are_rounded_before_they_are_scored(tmp_path):
     toy.run(tmp_path, adversarials="uint8")
     model = toy.targets()[0].model
