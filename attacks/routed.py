@@ -93,7 +93,9 @@ def route_first(
     """
     search = RoutedSearch(model, images, labels, threat, loss, climber)
     vertices = search.vertices() if search.gate_logits.shape[-3] == 1 else [worst_vertex(search)]
-    objectives = [steer(search, vertex) for _ in range(restarts) for vertex in vertices]  # each remembers its own run
+    objectives = [
+        steer(search, vertex) for _ in range(restarts) for vertex in vertices
+    ]  # each remembers its own run
     return search.run("route_first", objectives, steps)
 
 

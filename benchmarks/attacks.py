@@ -66,7 +66,11 @@ def main() -> None:
         f"Attacks: {name}, {len(images)} images {size[0]}x{size[1]}, {options.steps} steps, {options.device}",
         ("way", "ms per step", f"x {BARE}"),
         [
-            (name, f"{1000 * median(own) / options.steps:.2f}", f"{median(map(truediv, own, rounds[BARE])):.3f}")
+            (
+                name,
+                f"{1000 * median(own) / options.steps:.2f}",
+                f"{median(map(truediv, own, rounds[BARE])):.3f}",
+            )
             for name, own in rounds.items()
         ],
         f"Each of ours makes {options.steps} passes and one more forward, as the bare passes do; APGD of pyautoattack "

@@ -48,8 +48,12 @@ AUTOATTACK_EPS, AUTOATTACK_BATCH = 0.5 / 255, 25
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=tuple(ORACLES), help="one of them (all)")
-    parser.add_argument("--images", type=int, default=200, help="images of the comparison with pyautoattack's APGD")
-    parser.add_argument("--autoattack-images", type=int, default=50, help="of that with its AutoAttack (%(default)s)")
+    parser.add_argument(
+        "--images", type=int, default=200, help="images of the comparison with pyautoattack's APGD"
+    )
+    parser.add_argument(
+        "--autoattack-images", type=int, default=50, help="of that with its AutoAttack (%(default)s)"
+    )
     parser.add_argument("--robust-images", type=int, help="of the robust network (all; fewer are not judged)")
     parser.add_argument("--steps", type=int, default=100, help="of APGD (%(default)s)")
     parser.add_argument("--device", default="cpu")
@@ -58,7 +62,9 @@ def main() -> None:
     if "MOE_DATA" not in os.environ:
         raise SystemExit("MOE_DATA is unset; it has to name the folder of sample data")
     data = Path(os.environ["MOE_DATA"])
-    wrong = [told for name in ORACLES if options.only in (None, name) for told in ORACLES[name](data, options)]
+    wrong = [
+        told for name in ORACLES if options.only in (None, name) for told in ORACLES[name](data, options)
+    ]
     if wrong:
         raise SystemExit("not met: " + "; ".join(wrong))
 
@@ -123,7 +129,9 @@ def autoattack_directly(data: Path, options: argparse.Namespace) -> list[str]:
     })  # fmt: skip
     ledger = folder_of(config) / "ledger_autoattack"
     if not (ledger.exists() and is_complete(ledger)):
-        evaluate(config, Options(device=options.device, overwrite=(folder_of(config) / "results.csv").exists()))
+        evaluate(
+            config, Options(device=options.device, overwrite=(folder_of(config) / "results.csv").exists())
+        )
     results = load_images(ledger)
     ours = results.under("wheel", AUTOATTACK_EPS, [AUTOATTACK])
     split = config.data.build(config.data.cache_dir).split("test")
@@ -139,7 +147,7 @@ def autoattack_directly(data: Path, options: argparse.Namespace) -> list[str]:
     report(
         f"Right answers under AutoAttack, ResNet-18 of pyautoattack's wheel, {len(rows)} images",
         ("eps", "called directly", "through our ledger", "images that differ"),
-        [("0.5/255", f"{theirs.sum()}", f"{ours.sum()}", f"{len(other)}")],
+        [(f"{255 * AUTOATTACK_EPS:g}/255", f"{theirs.sum()}", f"{ours.sum()}", f"{len(other)}")],
         f"Standard version, batches of {AUTOATTACK_BATCH}, linf, {options.device}; without attack "
         f"{results.clean('wheel').sum()} are right.",
         options.out and options.out / "oracle_autoattack.json",

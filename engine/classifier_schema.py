@@ -93,7 +93,7 @@ class ClassifierTrain(BasicTrain):
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
         method = data.get("method")
-        mistakes = [mistake for key in ("eps", "val_eps") for mistake in boundless(key, data.get(key))]
+        mistakes = [*boundless(data), *boundless(data, "val_eps")]
         if method in METHODS and method != "standard" and "eps" not in data:
             mistakes.append(Mistake(("eps",), f"missing; method: {method} attacks its images, such as 8/255"))
         if method == "standard" and "eps" in data:
@@ -162,13 +162,9 @@ class ClassifierEvaluate(Section):
         description="images that AutoAttack takes together: part of the result, and done whole or not at all",
     )
 
-
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        eps = data.get("eps")
-        if data.get("norm", "linf") != "linf" or not isinstance(eps, list):
-            return []
-        return [mistake for one in eps for mistake in boundless("eps", one)]
+        return boundless(data)
 
 
 Source = Annotated[str | Component, PlainValidator(partial(run_or, "networks:GUEST_CLASSIFIERS"))]
@@ -178,7 +174,11 @@ def missing_eps(evaluate: Any) -> list[Mistake]:
     """The mistake of a section, as written, that asks for attacks and doesn't say how large they may be."""
     if not isinstance(evaluate, dict) or evaluate.get("eps") is not None:
         return []
-    if evaluate.get("suite", "none") == "none" and not evaluate.get("attacks") and not evaluate.get("autoattack"):
+    if (
+        evaluate.get("suite", "none") == "none"
+        and not evaluate.get("attacks")
+        and not evaluate.get("autoattack")
+    ):
         return []
     return [Mistake(("evaluate", "eps"), "missing; attacks need it, such as [8/255]")]
 
@@ -199,7 +199,9 @@ class ClassifierEvaluation(Config):
     def cross_checks(cls, data: dict) -> list[Mistake]:
         mistakes = missing_eps(data.get("evaluate"))
         if "models" in data and not data["models"]:
-            mistakes.append(Mistake(("models",), "nothing to evaluate: name a run, such as {advmoe: runs/advmoe}"))
+            mistakes.append(
+                Mistake(("models",), "nothing to evaluate: name a run, such as {advmoe: runs/advmoe}")
+            )
         return mistakes
 
 

@@ -197,10 +197,7 @@ class Adversarial(Section):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        mistakes = []
-        eps = data.get("eps")
-        if data.get("norm", "linf") == "linf":
-            mistakes += boundless("eps", eps)
+        mistakes = boundless(data)
         default = cls.model_fields["beta"].default
         if data.get("beta", default) != default and data.get("loss", "ce") == "ce":
             mistakes.append(Mistake(("beta",), "has no effect without loss: trades"))
@@ -375,9 +372,10 @@ class Evaluate(Section):
     def cross_checks(cls, data: dict) -> list[Mistake]:
         eps = data.get("eps", cls.model_fields["eps"].default)
         if data.get("adversarials") != "uint8" or not isinstance(eps, list):
-            return []
+            return boundless(data)
         numbers = [number for number in map(number_or_none, eps) if number]
-        return [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
+        still = [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
+        return boundless(data) + still
 
 
 def motionless(eps: float) -> str:
@@ -391,12 +389,15 @@ def motionless(eps: float) -> str:
     )
 
 
-def boundless(key: str, eps: Any) -> list[Mistake]:
-    """The mistake of an linf radius that is no bound for pixels in [0, 1]."""
-    if not isinstance(eps, int | float) or eps < 1:
-        return []
-    told = f"{eps} lets every pixel become any other, as pixels are in [0, 1]; {eps}/255 may be meant"
-    return [Mistake((key,), told)]
+def boundless(data: dict, key: str = "eps") -> list[Mistake]:
+    """Mistakes of a section, as written, whose linf radius or radii are no bound for pixels in [0, 1]."""
+    eps, mistakes = data.get(key), []
+    for one in eps if isinstance(eps, list) else [eps]:
+        if data.get("norm", "linf") == "linf" and (number_or_none(one) or 0) >= 1:
+            meant = "" if isinstance(one, str) else f"; {one}/255 may be meant"
+            told = f"{one} lets every pixel become any other, as pixels are in [0, 1]{meant}"
+            mistakes.append(Mistake((key,), told))
+    return mistakes
 
 
 def run_or(table: str, value: Any) -> str | Component:

@@ -21,10 +21,10 @@ from evaluation.classifiers import (
 )
 from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows
 from evaluation.formats import csv_text, in_brackets, markdown_table, percent, points
-from evaluation.image_results import ON_EXPERTS, ON_ROUTER, ImageResults
+from evaluation.image_results import ON_EXPERTS, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
-from evaluation.record_checks import GAP, check_manifest, plausibility
+from evaluation.record_checks import GAP, ON_GATE, check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
 from evaluation.robust_tables import eps_text, in_words
@@ -246,11 +246,11 @@ def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, Figur
         found["all paths"] = Figure(
             "all_paths_empirical", every.attack, results.all_paths(model, eps), passes
         )
-    for part, attacks in (("router", ON_ROUTER), ("experts", ON_EXPERTS)):
+    for part, attacks in (("router", ON_GATE), ("experts", ON_EXPERTS)):
         own = results.of(model, attacks)
         if own:
             found[f"on the {part}"] = worst_of(own, f"top1_attack_on_{part}", " + ".join(own))
-    if results.of(model, ON_ROUTER):  # others have no reason to change a route
+    if results.of(model, ON_GATE):  # others have no reason to change a route
         found["stable"] = Figure("route_stability", every.attack, results.stable(model, eps), every.passes)
     return found
 

@@ -10,8 +10,7 @@ from evaluation.robust_results import COLUMNS, Column
 from evaluation.statistics import Estimate, Resamples, estimate_image_mean
 from evaluation.suites import CLEAN
 
-ON_ROUTER = ("gate_only", "change_route")  # attacks that aim at the router alone
-ON_EXPERTS = ("experts_only",)  # ... at the pathway that the clean image takes
+ON_EXPERTS = ("experts_only",)  # attacks that aim at the pathway that the clean image takes
 PATH = " path "  # between a mixture's name and the number of a pathway, in the name of its row
 
 

@@ -20,13 +20,12 @@ from metrics.gate import COLLAPSE, effective_experts
 
 # Attacks by the name of their component. What is in neither has another goal than accuracy, or knows the target.
 WHITE_BOX = ("fgsm", "pgd", "segpgd", "cospgd", "apgd", "apgd_targeted")
+ON_GATE = ("gate_only", "change_route")
 WEAKER = {
     "square": "a black-box attack",
     "universal": "one perturbation for all images",
-    "gate_only": "an attack on the gate alone",
-    "change_route": "an attack on the gate alone",
+    **dict.fromkeys(ON_GATE, "an attack on the gate alone"),
 }
-ON_GATE = ("gate_only", "change_route")
 OTHER_GOAL = ("clean", "hide", "evade")
 OTHER_COUNT = ("hide", "change_route")  # attacks that count something else than right pixels
 
@@ -195,13 +194,12 @@ def gradients_met(bout: Bout) -> list[Finding]:
         bad, zero = (
             sum(record[key] for record in records.values()) for key in ("bad_gradients", "zero_gradients")
         )
-        plain = bout.component(name) in WHITE_BOX
         if bad:
             text = f"{bad} of {steps} gradients were not finite: no step was made there"
             found.append(bout.finding("gradients met", "flag", text, name))
         if zero:
             text = f"{zero} of {steps} gradients were zero where pixels were still right"
-            severe = (plain or bout.component(name) in ON_GATE) and zero > ZERO_SHARE * steps
+            severe = bout.component(name) in (*WHITE_BOX, *ON_GATE) and zero > ZERO_SHARE * steps
             found.append(bout.finding("gradients met", "flag" if severe else "note", text, name))
         if not bad and not zero:
             text = f"all {steps} gradients were finite and not zero"

@@ -139,7 +139,9 @@ class RobustResults:
         found = self._cells[target, eps, member, "pixels"] if eps else self.clean_counts(target)
         right, true = (part[:, [attack["class_id"]]] for part in (found.right, found.true))
         name = f"hidden_{self.classes[attack['class_id']]}"
-        return {name: estimates(self.resamples, ClassCounts(true - right, true, true), {"aacc": aacc})["aacc"]}
+        return {
+            name: estimates(self.resamples, ClassCounts(true - right, true, true), {"aacc": aacc})["aacc"]
+        }
 
     def candidates(self, target: str, eps: float, column: Column) -> tuple[Candidate, ...]:
         """Clean images, then those of every attack of the column at every eps up to this one."""

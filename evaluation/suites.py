@@ -186,7 +186,9 @@ def attacks_for(attacks: Sequence[Component], kinds: Mapping[str, Kind]) -> dict
     for attack in attacks:
         words, own = made_for(attack)
         if not set(own) & set(kinds.values()):
-            raise UserError(f"evaluate.attacks: {attack.name} is for {words}, and none of {', '.join(kinds)} is one")
+            raise UserError(
+                f"evaluate.attacks: {attack.name} is for {words}, and none of {', '.join(kinds)} is one"
+            )
     return {name: [one for one in attacks if kind in made_for(one)[1]] for name, kind in kinds.items()}
 
 

@@ -54,11 +54,8 @@ class ExpertConv(nn.Module):
         biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
         images = route.sort(images)
         if route.one_hot:
-            parts = images.split([share.rows.stop - share.rows.start for share in route.shares])
-            answers = [
-                self.convolve(part, weights[share.expert], biases[share.expert])
-                for share, part in zip(route.shares, parts, strict=True)
-            ]
+            parts = [(part, own.shares[0].expert) for part, own in route.apart(images)]
+            answers = [self.convolve(part, weights[expert], biases[expert]) for part, expert in parts]
             answer = torch.cat(answers) if len(answers) > 1 else answers[0]
             if route.shares[0].weight is not None:
                 answer = TimesOne.apply(answer, torch.cat([share.weight for share in route.shares]))

@@ -505,7 +505,9 @@ def test_steering_goes_for_the_gate_first_and_for_both_where_that_failed_by_half
 
 def test_a_restart_steers_as_if_it_were_the_first_run(monkeypatch):
     runs = []
-    monkeypatch.setattr(routed.RoutedSearch, "run", lambda self, name, objectives, steps: runs.extend(objectives))
+    monkeypatch.setattr(
+        routed.RoutedSearch, "run", lambda self, name, objectives, steps: runs.extend(objectives)
+    )
     routed.route_first(Line(), *LINE, threat(2, 0.02, ignore_index=None), loss="ce", restarts=2)
     first, again = runs[1], runs[1 + len(runs) // 2]  # to the second expert
     there, away = LINE[0].clone(), LINE[0].clone()

@@ -110,6 +110,14 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
             "evaluate.eps: 0.5/255 with adversarials: uint8 is no attack, as images of bytes change by 1/255 at least; "
             "take eps from 1/255 on, or adversarials: float32",
         ),
+        (
+            "evaluate.eps=[1/255, 2]",
+            "evaluate.eps: 2 lets every pixel become any other, as pixels are in [0, 1]; 2/255 may be meant",
+        ),
+        (
+            "evaluate.eps=[300/255]",
+            "evaluate.eps: 300/255 lets every pixel become any other, as pixels are in [0, 1]",
+        ),
         ("evaluate.eps=[]", "evaluate.eps: [] is wrong; expected at least one eps, each only once"),
         (
             "evaluate.attack_images=0",

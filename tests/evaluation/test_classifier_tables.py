@@ -174,10 +174,14 @@ def test_markdown_tells_what_the_ledgers_say(written):
     (near,) = [line for line in text[: text.index(table[0])] if line.startswith(f"| {MOE} !")]
     assert "| 58.33* [27.7, 84.8] |" in near  # its interval reaches the floor
     pairs = [line for line in text if line.startswith(f"- {MOE} - {PLAIN}: ")]
-    assert len(pairs) == 2 and all(line.endswith(" (no ranking)") for line in pairs)  # nobody knows of PLAIN's training
+    assert len(pairs) == 2 and all(
+        line.endswith(" (no ranking)") for line in pairs
+    )  # nobody knows of PLAIN's training
     ended = {name: replace(one, rise=0.0049) for name, one in ABOUTS.items()}
     again = robust_markdown(load_images(written / "ledger"), None, [], ended)
-    assert f"- {MOE} - {PLAIN}: " in again and again.count("(no ranking)") == 2  # where it is explained, for each eps
+    assert (
+        f"- {MOE} - {PLAIN}: " in again and again.count("(no ranking)") == 2
+    )  # where it is explained, for each eps
     (plain,) = [line for line in table[:12] if line.startswith(f"| {PLAIN} ")]
     assert plain.split("|")[7:11] == [" - "] * 4
     auto = text[text.index("## AutoAttack") :]

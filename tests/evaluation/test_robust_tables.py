@@ -119,7 +119,13 @@ def results(right=steps, **keys):
 
 
 def test_a_protocol_in_words_leaves_out_what_says_nothing():
-    protocol = {"norm": "linf", "image_size": [8, 9], "classes": ["a"], "ignore_index": 255, "adversarials": "none"}
+    protocol = {
+        "norm": "linf",
+        "image_size": [8, 9],
+        "classes": ["a"],
+        "ignore_index": 255,
+        "adversarials": "none",
+    }
     assert in_words(protocol) == "norm linf, image size 8 x 9"
 
 

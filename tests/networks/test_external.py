@@ -141,7 +141,9 @@ def test_what_a_routed_network_offers_is_kept(tmp_path):
     assert network.gate_logits(images).shape == (1, 2, 2, 1, 1, 1)
     assert (network.routing, network.num_experts, network.inspect(images)) == ("hard", 2, "inspected")
     assert not hasattr(network, "expert_logits") and not hasattr(network, "anything")
-    with pytest.raises(UserError, match="routed.py:build returned offers gate_logits, inspect, num_experts, routing"):
+    with pytest.raises(
+        UserError, match="routed.py:build returned offers gate_logits, inspect, num_experts, routing"
+    ):
         External(3, file=str(file), stride=2)  # the gate would see other images than attacks do
 
 

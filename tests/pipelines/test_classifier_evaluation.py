@@ -423,7 +423,9 @@ def test_a_training_is_attacked_at_the_eps_of_its_validation(bench):
 def test_a_model_of_images_of_another_size_is_refused(bench, tmp_path):
     tensors, metadata = load_weights(weights_file(bench.folder / "plain"))
     save_weights(tmp_path / "other.safetensors", tensors, metadata | {"image_size": [1, 28, 28]})
-    with pytest.raises(UserError, match="models.x: .* was trained on images of 1 x 28 x 28, digits has 1 x 8 x 8"):
+    with pytest.raises(
+        UserError, match="models.x: .* was trained on images of 1 x 28 x 28, digits has 1 x 8 x 8"
+    ):
         bench.evaluate("sizes", {"x": str(tmp_path / "other.safetensors")})
 
 

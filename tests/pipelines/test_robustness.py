@@ -226,7 +226,9 @@ def test_attacks_that_know_the_gate_are_for_rows_with_one_and_adaptive(workshop)
         columns = {one.name: one.column for one in own[target.name]}
         assert columns == {"fgsm": "common", **knowing[target.kind]}
     assert {target.kind for target in targets} == set(knowing)
-    with pytest.raises(UserError, match="evaluate.attacks: joint is for routed models, and none of day, night is one"):
+    with pytest.raises(
+        UserError, match="evaluate.attacks: joint is for routed models, and none of day, night is one"
+    ):
         attacked_rows(workshop.load(attacked(workshop, attack_rows=["day", "night"], **asked)), index, zoo)
 
 

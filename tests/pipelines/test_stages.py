@@ -131,7 +131,9 @@ def test_interrupted_stage_goes_on_where_it_stopped(folder, capsys, monkeypatch)
     assert calls == [False, True]
 
 
-def test_interrupted_evaluation_keeps_the_passes_that_were_done_and_a_changed_one_begins_anew(folder, monkeypatch):
+def test_interrupted_evaluation_keeps_the_passes_that_were_done_and_a_changed_one_begins_anew(
+    folder, monkeypatch
+):
     from pipelines import evaluation
 
     pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
