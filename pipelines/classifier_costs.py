@@ -2,6 +2,7 @@
 
 python -m pipelines.classifier_costs prints a table of all architectures."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,6 +15,49 @@ from networks.cnn_moe import ARCHITECTURES
 from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.sparse import SparseCNN
 from networks.complexity import parameters
+
+# What the published code counts, by network, ratio, experts (0: one plain network), classes, edge and stem: parameters,
+# GMACs of one pathway and GMACs executed, as it computes all pathways; all without the router.
+PUBLISHED = {
+    ("resnet18", 1.0, 0, 10, 32, "cifar"): (11_173_962, 0.5554, 0.5554),
+    ("resnet18", 0.5, 0, 10, 32, "cifar"): (2_797_610, 0.1393, 0.1393),
+    ("resnet18", 0.2, 0, 10, 32, "cifar"): (444_218, 0.0214, 0.0214),
+    ("resnet18", 0.8, 0, 10, 32, "cifar"): (7_122_360, 0.3534, 0.3534),
+    ("resnet18", 0.5, 2, 10, 32, "cifar"): (5_565_450, 0.1517, 0.2980),
+    ("resnet18", 0.5, 5, 10, 32, "cifar"): (13_832_202, 0.1517, 0.7368),
+    ("resnet18", 0.2, 2, 10, 32, "cifar"): (891_937, 0.0293, 0.0559),
+    ("resnet18", 0.2, 5, 10, 32, "cifar"): (2_211_346, 0.0293, 0.1355),
+    ("resnet18", 0.8, 2, 10, 32, "cifar"): (14_137_814, 0.3632, 0.7173),
+    ("resnet18", 1.0, 2, 10, 32, "cifar"): (22_159_434, 0.5554, 1.1028),
+    ("resnet50", 1.0, 0, 10, 32, "cifar"): (23_520_842, 1.2978, 1.2978),
+    ("resnet50", 0.5, 2, 10, 32, "cifar"): (11_075_274, 0.3310, 0.6267),
+    ("wrn_28_4", 1.0, 0, 10, 32, "cifar"): (5_849_050, 0.8456, 0.8456),
+    ("wrn_28_4", 0.5, 2, 10, 32, "cifar"): (2_924_530, 0.2115, 0.4228),
+    ("wrn_28_10", 1.0, 0, 10, 32, "cifar"): (36_479_194, 5.2433, 5.2433),
+    ("wrn_28_10", 0.5, 0, 10, 32, "cifar"): (9_126_002, 1.3109, 1.3109),
+    ("wrn_28_10", 0.5, 2, 10, 32, "cifar"): (18_239_602, 1.3109, 2.6217),
+    ("wrn_28_10", 0.5, 5, 10, 32, "cifar"): (45_580_402, 1.3109, 6.5538),
+    ("wrn_34_10", 1.0, 0, 10, 32, "cifar"): (46_160_474, 6.6589, 6.6589),
+    ("wrn_34_10", 0.5, 2, 10, 32, "cifar"): (23_080_242, 1.6648, 3.3295),
+    ("vgg16_bn", 1.0, 0, 10, 32, "cifar"): (15_311_818, 0.3138, 0.3138),
+    ("vgg16_bn", 0.5, 0, 10, 32, "cifar"): (4_013_034, 0.0791, 0.0791),
+    ("vgg16_bn", 0.5, 2, 10, 32, "cifar"): (7_690_218, 0.0791, 0.1569),
+    ("vgg16_bn", 0.5, 5, 10, 32, "cifar"): (18_721_770, 0.0791, 0.3905),
+    ("densenet", 1.0, 0, 10, 32, "cifar"): (176_122, 0.0724, 0.0724),
+    ("densenet", 0.5, 0, 10, 32, "cifar"): (45_802, 0.0183, 0.0183),
+    ("densenet", 0.2, 0, 10, 32, "cifar"): (5_882, 0.0021, 0.0021),
+    ("resnet18", 1.0, 0, 200, 128, "imagenet"): (11_279_112, 0.5923, 0.5923),
+    ("resnet18", 0.5, 2, 200, 128, "imagenet"): (5_639_656, 0.1577, 0.2961),
+    ("vgg16_bn", 1.0, 0, 200, 128, "cifar"): (15_360_648, 5.0118, 5.0118),
+    ("vgg16_bn", 0.5, 2, 200, 128, "cifar"): (7_739_048, 1.2602, 2.5060),
+    ("resnet18", 1.0, 0, 1000, 224, "imagenet"): (11_689_512, 1.8141, 1.8141),
+    ("resnet18", 0.5, 0, 1000, 224, "imagenet"): (3_055_880, 0.4831, 0.4831),
+    ("resnet18", 0.5, 2, 1000, 224, "imagenet"): (5_845_256, 0.4831, 0.9070),
+    ("resnet50", 1.0, 0, 1000, 224, "imagenet"): (25_557_032, 4.0892, 4.0892),
+    ("resnet50", 0.5, 2, 1000, 224, "imagenet"): (12_779_016, 1.0523, 2.0446),
+    ("wrn_28_10", 1.0, 0, 1000, 224, "imagenet"): (37_115_736, 16.0865, 16.0865),
+    ("wrn_28_10", 0.5, 2, 1000, 224, "imagenet"): (18_558_368, 4.0292, 8.0432),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,8 +150,30 @@ def cost_table(
     return markdown_table(titles, lines, left=2)
 
 
+def published_table(networks: Iterable[tuple]) -> list[str]:
+    """A Markdown table: what the published code counts for these keys of PUBLISHED, beside ours, without routers."""
+    lines = []
+    for arch, ratio, experts, num_classes, edge, stem in networks:
+        theirs, pathway, executed = PUBLISHED[arch, ratio, experts, num_classes, edge, stem]
+        keys = {"arch": arch, "ratio": ratio, "stem": stem}
+        network = CNNMoE(num_classes, num_experts=experts, **keys) if experts else CNN(num_classes, **keys)
+        cost = cost_of(network, (3, edge, edge))
+        ours = cost.parameters - (parameters(network.router)[0] if experts else 0)
+        lines.append([
+            arch, f"E = {experts}" if experts else "plain", f"{ratio:g}", f"{edge}", f"{num_classes}",
+            number(theirs), number(ours), f"{ours - theirs:+,}".replace(",", " "),
+            f"{pathway:.4f}", f"{cost.pathway:.4f}", f"{executed:.4f}", f"{cost.executed - cost.router:.4f}",
+        ])  # fmt: skip
+    titles = [
+        "network", "kind", "ratio", "px", "classes", "parameters published", "ours", "difference",
+        "GMACs of a pathway published", "ours", "executed published", "ours",
+    ]  # fmt: skip
+    return markdown_table(titles, lines, left=2)
+
+
 def main() -> None:
     """Prints the tables of docs/classifier_costs.md."""
+    print("\n".join(["", "## Beside the published counts", "", *published_table(PUBLISHED)]))
     for num_classes, edge, stem in ((10, 32, "cifar"), (200, 64, "cifar"), (1000, 224, "imagenet")):
         title = f"{edge}x{edge}, {num_classes} classes, stem {stem}"
         print(

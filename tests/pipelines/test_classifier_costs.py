@@ -8,7 +8,7 @@ import torch
 from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.sparse import SparseCNN
 from pipelines import classifier_costs
-from pipelines.classifier_costs import cost_of, cost_table, describe_costs
+from pipelines.classifier_costs import PUBLISHED, cost_of, cost_table, describe_costs, published_table
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,9 +64,29 @@ def test_the_page_is_what_the_command_prints(monkeypatch):
     """One architecture of the table; each has its rows."""
     page = (ROOT / "docs/classifier_costs.md").read_text()
     kinds = 5
-    assert page.count("\n| ") == 3 * (kinds * len(classifier_costs.ARCHITECTURES) + 2)
+    rows = 3 * kinds * len(classifier_costs.ARCHITECTURES) + len(PUBLISHED)
+    assert page.count("\n| ") == rows + 2 * 4  # titles of four tables and the lines below them
     monkeypatch.setattr(classifier_costs, "ARCHITECTURES", {"densenet": None})
     for num_classes, edge, stem in ((10, 32, "cifar"), (200, 64, "cifar")):
         lines = cost_table(num_classes, (3, edge, edge), stem, 0.5, (2, 5))
         section = page.split(f"## {edge}x{edge}, {num_classes} classes")[1].split("\n## ")[0]
         assert len(lines) == 2 + kinds and all(f"\n{line}\n" in section for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("network", "difference"),
+    [
+        (("wrn_28_4", 0.5, 2, 10, 32, "cifar"), "+0"),
+        (("vgg16_bn", 0.5, 5, 10, 32, "cifar"), "+0"),
+        (
+            ("resnet18", 0.5, 2, 10, 32, "cifar"),
+            "+21 536",
+        ),  # 43,008 - 928 - 2,112 - 2 x 9,216, told on the page
+    ],
+)
+def test_ours_beside_the_published_counts(network, difference):
+    page = (ROOT / "docs/classifier_costs.md").read_text()
+    _, _, row = published_table([network])
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[7] == difference
+    assert f"\n{row}\n" in page
