@@ -85,9 +85,9 @@ class ClassifierTrain(BasicTrain):
     val_steps: PositiveInt = Field(10, description="gradient steps of the validation attack, at eps")
     val_eps: Positive | None = Field(None, description="largest change in validation; null: eps")
     monitor: Literal["robust_top1", "top1"] = Field(
-        "robust_top1",
-        description="validation figure of the best: robust_top1 is the lower of accuracy under an attack through the "
-        "router and under one that keeps the clean route",
+        default_factory=lambda train: "robust_top1" if train.get("val_eps") or train.get("eps") else "top1",
+        description="validation figure of the best: robust_top1, the lower of accuracy under an attack through "
+        "the router and under one that keeps the clean route; top1 where nothing attacks the validation",
     )
 
     @classmethod

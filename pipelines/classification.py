@@ -69,7 +69,7 @@ def train(config: Classification, options) -> list[Result] | None:
         wanted = None if clusters is None else clusters[torch.from_numpy(batch.rows)].to(device)
         return Inputs(images_of(batch, device, layout), wanted)
 
-    names = metric_names(model)
+    names = metric_names(model, settings)
     return fit([learner], batches, validate, settings, device, metrics=names, prepare=prepare)
 
 

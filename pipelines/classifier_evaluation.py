@@ -44,7 +44,7 @@ from pipelines.classifier_costs import cost_of
 from pipelines.models import load_classifier, require_classes
 from pipelines.segmentation import own_gpu, pick_device
 
-FIFTH = 5  # of the epochs: the last one tells whether training had ended
+LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,17 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
 
 def rise_of(metrics: Path) -> float | None:
     """How much the validation's robust accuracy rose over the last fifth of the epochs, from the best before it to the
-    best in it; None for a run that left no figures, or fewer than five epochs."""
+    best in it; None for a run that left no such figures on one of the two sides."""
     if not metrics.exists():
         return None
     with open(metrics, newline="", encoding="utf-8") as file:
-        values = [float(row["robust_top1"]) for row in csv.DictReader(file) if row.get("robust_top1")]
-    last = len(values) // FIFTH
-    if not last:
-        return None
-    return max(0.0, max(values[-last:]) - max(values[:-last]))
+        rows = list(csv.DictReader(file))
+    begun = LAST_FIFTH * int(rows[-1]["epoch"]) if rows else 0
+    before, last = [], []
+    for row in rows:
+        if row.get("robust_top1"):
+            (last if int(row["epoch"]) > begun else before).append(float(row["robust_top1"]))
+    return max(0.0, max(last) - max(before)) if before and last else None
 
 
 def about_of(one: Loaded, images: ImageSet) -> About:

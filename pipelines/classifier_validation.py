@@ -15,13 +15,19 @@ from engine.steps import evaluating
 STEP = 0.25  # of eps
 
 
-def metric_names(model: nn.Module) -> list[str]:
-    """What `validated` measures of a network."""
-    names = ["top1", "attacked_top1", "frozen_top1", "robust_top1"]
-    if not hasattr(model, "gate_logits"):
-        return [name for name in names if name != "frozen_top1"]
+def val_eps_of(settings: ClassifierTrain) -> float | None:
+    """The largest change in validation; None where nothing attacks it."""
+    return settings.val_eps or settings.eps
+
+
+def metric_names(model: nn.Module, settings: ClassifierTrain) -> list[str]:
+    """What `validated` measures of a network: only what it is without attack, if the settings have no eps."""
+    routed, attacks = hasattr(model, "gate_logits"), val_eps_of(settings) is not None
+    names = ["top1", "attacked_top1", "frozen_top1", "robust_top1", "flips"] if attacks else ["top1"]
+    if not routed:
+        return [name for name in names if name not in ("frozen_top1", "flips")]
     experts = range(model.num_experts)
-    return [*names, "flips", *(f"load_{e}" for e in experts), *(f"top1_of_{e}" for e in experts)]
+    return [*names, *(f"load_{e}" for e in experts), *(f"top1_of_{e}" for e in experts)]
 
 
 def validated(
@@ -31,9 +37,9 @@ def validated(
     frozen_top1: on images made with each one's clean route kept, shown to the model as it is; robust_top1: the lower of
     the two. flips: share of images and sites with another route after the first attack. load_E: share of images and
     sites that expert E takes; top1_of_E: accuracy with all images on it."""
-    eps = settings.val_eps or settings.eps
+    eps = val_eps_of(settings)
     routed = hasattr(model, "gate_logits")
-    totals: dict[str, float] = dict.fromkeys(metric_names(model), 0.0)
+    totals: dict[str, float] = dict.fromkeys(metric_names(model, settings), 0.0)
     count = 0
     layout = torch.channels_last if settings.channels_last else torch.preserve_format
     with evaluating(model), torch.enable_grad():
@@ -41,47 +47,51 @@ def validated(
             images, labels = images_of(batch, device, layout), batch.labels.to(device)
             count += len(labels)
             seeds = tuple(seed_of(settings.seed, frame.name, "validation") for frame in batch.frames)
-            threat = Threat(eps or 0.0, "linf", NO_LABEL, seeds)
             with torch.no_grad():
                 totals["top1"] += right(model(images), labels)
-            attacked = images if eps is None else attack(model, images, labels, threat, settings.val_steps)
-            with torch.no_grad():
-                totals["attacked_top1"] += right(model(attacked), labels)
-            if routed:
-                add_routed(
-                    model, images, attacked, labels, threat, settings.val_steps, eps is not None, totals
-                )
+            route = add_routes(model, images, labels, totals) if routed else None
+            if eps is not None:
+                threat = Threat(eps, "linf", NO_LABEL, seeds)
+                add_attacked(model, images, labels, route, threat, settings.val_steps, totals)
     figures = {name: total / count for name, total in totals.items()}
-    figures["robust_top1"] = min(figures["attacked_top1"], figures.get("frozen_top1", 1.0))
+    if eps is not None:
+        figures["robust_top1"] = min(figures["attacked_top1"], figures.get("frozen_top1", 1.0))
     return figures
 
 
-def add_routed(
+@torch.no_grad()
+def add_routes(model: nn.Module, images: Tensor, labels: Tensor, totals: dict[str, float]) -> Tensor:
+    """Adds the loads of the experts and the accuracy of each on all images of a batch; returns the clean route."""
+    route = model.route(model.gate_logits(images)).detach()
+    taken = route.flatten(2).argmax(dim=2)
+    for expert in range(model.num_experts):
+        totals[f"load_{expert}"] += (taken == expert).float().mean(dim=0).sum().item()
+        forced = torch.zeros_like(route)
+        forced[:, :, expert] = 1
+        totals[f"top1_of_{expert}"] += right(model.forward_given(images, forced), labels)
+    return route
+
+
+def add_attacked(
     model: nn.Module,
     images: Tensor,
-    attacked: Tensor,
     labels: Tensor,
+    route: Tensor | None,
     threat: Threat,
     steps: int,
-    attacks: bool,
     totals: dict[str, float],
 ) -> None:
-    """What is measured of a router and its pathways on a batch."""
+    """Adds what a batch gives under attack. route: the clean one of a routed model."""
+    attacked = attack(model, images, labels, threat, steps)
     with torch.no_grad():
-        scores = model.gate_logits(images)
-        route, clean = model.route(scores).detach(), scores.flatten(2).argmax(dim=2)
-        other = model.gate_logits(attacked).flatten(2).argmax(dim=2)
-        totals["flips"] += (other != clean).float().mean(dim=0).sum().item()
-        for expert in range(model.num_experts):
-            totals[f"load_{expert}"] += (clean == expert).float().mean(dim=0).sum().item()
-            forced = torch.zeros_like(route)
-            forced[:, :, expert] = 1
-            totals[f"top1_of_{expert}"] += right(model.forward_given(images, forced), labels)
-    points = images
-    if attacks:
-        points = attack(lambda one: model.forward_given(one, route), images, labels, threat, steps)
+        totals["attacked_top1"] += right(model(attacked), labels)
+    if route is None:
+        return
+    frozen = attack(lambda one: model.forward_given(one, route), images, labels, threat, steps)
     with torch.no_grad():
-        totals["frozen_top1"] += right(model(points), labels)
+        other = model.route(model.gate_logits(attacked)).flatten(2).argmax(dim=2)
+        totals["flips"] += (other != route.flatten(2).argmax(dim=2)).float().mean(dim=0).sum().item()
+        totals["frozen_top1"] += right(model(frozen), labels)
 
 
 def attack(

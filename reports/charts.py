@@ -24,6 +24,7 @@ WATCHED = {
     "networks": ("miou", "validation mIoU (%)"),
     "gates": ("miou", "validation mIoU (%)"),
     "classifiers": ("robust_top1", "validation top-1 under attack (%)"),
+    "plain classifiers": ("top1", "validation top-1 (%)"),
 }
 
 

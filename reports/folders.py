@@ -47,7 +47,7 @@ def is_classifier(folder: Folder) -> bool:
 def run_row(folder: Folder) -> dict:
     """Steps, images, best validation figure and time of a training, from its tables."""
     rows, timing = folder.table("metrics.csv"), folder.table("timing.csv")
-    watched = "robust_top1" if is_classifier(folder) else "miou"
+    watched = (folder.config.get("train") or {}).get("monitor", "miou")
     validated = [row for row in rows if row.get(watched)]
     best = max(validated, key=lambda row: float(row[watched]), default=None)
     seconds = sum(float(row["seconds"]) + float(row["validation_seconds"] or 0) for row in timing)

@@ -125,7 +125,7 @@ def _classifier_part(folder: Folder) -> dict:
 def _group(folder: Folder) -> str:
     """Of the training's chart."""
     if is_classifier(folder):
-        return "classifiers"
+        return "classifiers" if folder.config["train"]["monitor"] == "robust_top1" else "plain classifiers"
     return "gates" if folder.config.get("gate") else "networks"
 
 

@@ -447,12 +447,13 @@ def test_how_much_validation_rose_over_the_last_fifth(tmp_path):
     def rose(values):
         path = tmp_path / "metrics.csv"
         path.write_text(
-            "epoch,robust_top1\n" + "".join(f"{place},{one}\n" for place, one in enumerate(values))
+            "epoch,robust_top1\n" + "".join(f"{epoch},{one}\n" for epoch, one in enumerate(values, 1))
         )
         return rise_of(path)
 
     assert rose([0.1, 0.5, 0.4, 0.3, 0.6]) == pytest.approx(0.1)
     assert rose([0.1, 0.5, 0.4, 0.3, 0.2]) == 0
     assert rose([0.1] * 8 + [0.3, 0.2]) == pytest.approx(0.2)
-    assert rose([0.1, 0.2, 0.3, 0.4]) is None and rise_of(tmp_path / "none.csv") is None
-    assert rose(["", 0.1, 0.2, 0.3, 0.4, 0.9]) == pytest.approx(0.5)
+    assert rose(["", 0.1, 0.2, 0.3, 0.4, 0.9]) == pytest.approx(0.6)
+    assert rose(["", 0.1, "", 0.3, "", 0.4, "", 0.6]) == pytest.approx(0.2)  # validated at every other epoch
+    assert rose([0.1]) is None and rose(["", ""]) is None and rise_of(tmp_path / "none.csv") is None
