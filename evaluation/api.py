@@ -12,7 +12,7 @@ from engine.config import Component, UserError
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
-from evaluation.robust import Log, attack_all
+from evaluation.robust import Log, as_begun, attack_all
 from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
 from evaluation.suites import extra_members, members, needs_class_weights
@@ -88,9 +88,10 @@ def evaluate(
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
         device = torch.device(device)
-        found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
+        with as_begun(place / "ledger"):
+            found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
+            certified = certify_targets([target], scenes, setup, device)
         write_beside(place / FINDINGS, found)
-        certified = certify_targets([target], scenes, setup, device)
         write_beside(place / CERTIFICATES, certified)
         results = write_robust(place, place / "ledger")
         markdown = (place / "robustness.md").read_text(encoding="utf-8")

@@ -17,13 +17,16 @@ from attacks.search import scores
 from attacks.threat import Threat, seed_of
 from evaluation.formats import markdown_table, percent
 from evaluation.plan import Scene, Setup
+from evaluation.statistics import Estimate, Resamples
 from evaluation.targets import ROUTED, Target, exact_float32, under_attack
-from metrics.detection import auroc, counts_by_score, fpr_at_tpr
+from metrics.detection import auroc, counts_by_score, fpr_at_tpr, resampled_auroc
 
 KAPPAS = (1.0, 10.0, 100.0)
 STEPS = 20
 WORTH = 0.5  # share of the accuracy that a plain attack takes which an evasive one has to take to count
-DETECTION_COLUMNS = ("model", "eps", "score", "kappa", "clean", "attacked", "auroc", "fpr95", "n_images")
+DETECTION_COLUMNS = (
+    "model", "eps", "score", "kappa", "clean", "attacked", "auroc", "ci_low", "ci_high", "units", "fpr95", "n_images",
+)  # fmt: skip
 
 
 def disagreement(said: Said) -> Tensor:
@@ -75,15 +78,16 @@ def detection_rows(
     device: torch.device | str = "cpu",
 ) -> list[dict]:
     """A row for each score and each kappa, 0 (an attacker who knows of no detector) first, in the columns of
-    DETECTION_COLUMNS: accuracy clean and attacked, AUROC and FPR at 95 % TPR of the score, on n_images clean images
-    against as many attacked ones."""
+    DETECTION_COLUMNS: accuracy clean and attacked, AUROC with its interval over the blocks of the images and FPR at
+    95 % TPR of the score, on n_images clean images against as many attacked ones."""
     names, device = scores_of(target), torch.device(device)
     trials = [(name, kappa) for name in names for kappa in kappas]
     before: dict[str, list] = {name: [] for name in names}
     after: dict[tuple, list] = {(name, kappa): [] for name in names for kappa in (0.0, *kappas)}
     right: dict[tuple | None, int] = dict.fromkeys((None, *after), 0)
-    valid = 0
+    valid, blocks = 0, []
     for scene in scenes:
+        blocks += scene.blocks
         images, labels = scene.images.to(device), scene.labels.to(device)
         seeds = tuple(seed_of(setup.seed, name, "detectors") for name in scene.names)
         threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
@@ -110,9 +114,12 @@ def detection_rows(
                 found, right_here = measured(evasive.images, [name])
                 after[name, kappa] += found[name]
                 right[name, kappa] += right_here
-    rows = []
+    rows, resamples = [], Resamples(blocks)
     for (name, kappa), values in after.items():
-        counts = counts_by_score(np.array(before[name]), np.array(values))
+        negative, positive = np.array(before[name]), np.array(values)
+        counts = counts_by_score(negative, positive)
+        drawn = resampled_auroc(negative, positive, resamples.multiplicities)
+        low, high = Estimate(float(auroc(counts)), drawn, resamples).bounds()
         rows.append(
             {
                 "model": target.name,
@@ -122,6 +129,9 @@ def detection_rows(
                 "clean": right[None] / max(valid, 1),
                 "attacked": right[name, kappa] / max(valid, 1),
                 "auroc": float(auroc(counts)),
+                "ci_low": low,
+                "ci_high": high,
+                "units": resamples.units,
                 "fpr95": fpr_at_tpr(counts),
                 "n_images": len(values),
             }
@@ -157,15 +167,21 @@ def detection_table(rows: Iterable[Mapping]) -> list[str]:
                 f"{plain['eps'] * 255:.4g}/255",
                 plain["score"],
                 f"{plain['n_images']} + {plain['n_images']}",
-                f"{plain['auroc']:.3f}",
+                area(plain),
                 percent(plain["fpr95"]),
-                f"{adaptive['auroc']:.3f}",
+                area(adaptive),
                 percent(adaptive["fpr95"]),
                 f"{adaptive['kappa']:g}",
                 f"{percent(plain['clean'])} > {percent(plain['attacked'])} > {percent(adaptive['attacked'])}",
             ]
         )
     return markdown_table(titles.split(", "), lines, left=3)
+
+
+def area(row: Mapping) -> str:
+    """AUROC with its interval, if there is one."""
+    interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    return f"{row['auroc']:.3f}{interval}"
 
 
 def _share(pixels: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def gradients_met(bout: Bout) -> list[Finding]:
             text = f"{bad} of {steps} gradients were not finite: no step was made there"
             found.append(bout.finding("gradients met", "flag", text, name))
         if zero:
-            text = f"{zero} of {steps} gradients were zero where pixels were still right"
+            text = f"{zero} of {steps} gradients were zero where answers were still right"
             severe = bout.component(name) in (*WHITE_BOX, *ON_GATE) and zero > ZERO_SHARE * steps
             found.append(bout.finding("gradients met", "flag" if severe else "note", text, name))
         if not bad and not zero:
@@ -263,7 +263,7 @@ def silent_success(bout: Bout) -> list[Finding]:
             text = "what attacks found is what the network says of their images"
             found.append(bout.finding("silent success", "ok", text, name))
             continue
-        text = f"{worse} of {len(lost)} images have more right pixels than the attack had seen, {max(lost)} at most"
+        text = f"{worse} of {len(lost)} images have more right answers than the attack had seen, {max(lost)} at most"
         severity = "flag"
         if bout.quantised:
             severity, text = "note", f"{text}; they were rounded to bytes in between"

@@ -7,7 +7,8 @@ ledger's folder only. Scores are of the unmodified model in float32, run again o
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,9 +62,7 @@ def attack_all(
     target, by its name. replace: see Ledger.
     """
     device, (rank, world) = torch.device(device), shard()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads_of(folder) or before)  # logits depend on it
-    try:
+    with as_begun(folder):
         manifest = manifest_for(folder, scenes, targets, members, setup, device)
         units = list(units_of(manifest))
         with Ledger(folder, manifest, rank=rank, replace=replace) as ledger:
@@ -78,8 +77,6 @@ def attack_all(
                 records = ledger.records(unit.name for unit in units)
                 log(f"ledger {folder}: complete, {number(passes_of(records))} network passes")
             return complete
-    finally:
-        torch.set_num_threads(before)
 
 
 def begin(
@@ -331,6 +328,18 @@ def images_of(scene: Scene, batch: int, setup: Setup) -> list[dict]:
 def passes_of(records: Iterable[Record]) -> int:
     """Network passes that were made for these records; those of an attack's two incumbents are the same ones."""
     return sum(record["network_passes"] for record in records if record["incumbent"] == INCUMBENTS[0])
+
+
+@contextmanager
+def as_begun(folder: str | Path) -> Iterator[None]:
+    """With the threads that the ledger in the folder was begun with, as the last bits of logits depend on them: for the
+    attacks, and for whatever stands beside the ledger."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads_of(folder) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def threads_of(folder: str | Path) -> int | None:

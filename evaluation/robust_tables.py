@@ -12,7 +12,7 @@ from evaluation.beside import Beside, read_beside
 from evaluation.certificate import Certified
 from evaluation.detectors import DETECTION_COLUMNS, detection_table
 from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows
-from evaluation.formats import aligned, csv_text, markdown_table, percent
+from evaluation.formats import aligned, csv_text, in_brackets, markdown_table, percent, points
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
 from evaluation.record_checks import check_manifest
@@ -270,9 +270,20 @@ def transfer_lines(rows: Sequence[Mapping]) -> list[str]:
     ]
     for metric in METRICS:
         lines += ["", *transfer_table(rows, metric)]
-    pairs = [f"made for {source}, shown to {target}" for source, target in stronger_than_white_box(rows)]
+    pairs = [
+        f"made for {row['source']}, shown to {row['target']}, {points(row['against_own'])} points"
+        + (
+            ""
+            if row["against_own_low"] is None
+            else in_brackets(row["against_own_low"], row["against_own_high"])
+        )
+        for row in stronger_than_white_box(rows)
+    ]
     told = "; ".join(pairs) or "nowhere"
-    return [*lines, "", f"Fewer right pixels than by the images made for the model itself: {told}."]
+    return [
+        *lines, "", f"Fewer right pixels than by the images made for the model itself: {told}.",
+        "", f"Intervals over {first['units']} blocks are in transfer.csv.",
+    ]  # fmt: skip
 
 
 def certificate_lines(certificates: Sequence[Certified]) -> list[str]:

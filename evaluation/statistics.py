@@ -101,6 +101,11 @@ class Estimate:
             return float("nan"), float("nan")
         return self.percentiles(level)
 
+    def bounds(self) -> tuple[float | None, float | None]:
+        """The interval, None in place of NaN, for files that know no NaN."""
+        low, high = self.interval()
+        return (None, None) if np.isnan(low) else (low, high)
+
     def percentiles(self, level: float = LEVEL) -> tuple[float, float]:
         """(low, high) that hold the middle `level` of the replicates, however few the blocks."""
         low, high = np.quantile(self.replicates, [(1 - level) / 2, (1 + level) / 2])

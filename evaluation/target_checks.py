@@ -239,7 +239,7 @@ def unconstrained_attack(
     free = replace(threat, eps=1.0, norm="linf")
     found = pgd(target.model, images, labels, free, loss="masked_ce", steps=steps)
     left = found.correct.sum().item() / max(labelled(labels, threat), 1)
-    text = f"PGD of {steps} steps at eps = 1 leaves {percent(left)} % of the pixels"
+    text = f"PGD of {steps} steps at eps = 1 leaves {percent(left)} % of the answers right"
     severity = "flag" if left > LEFT else "ok"
     return [Finding("unconstrained attack", target.name, None, "", severity, text)]
 

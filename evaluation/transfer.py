@@ -12,12 +12,16 @@ from torch import Tensor
 from attacks.threat import Threat
 from engine.config import Component, UserError
 from evaluation.formats import markdown_table, percent
+from evaluation.statistics import ClassCounts, Resamples, aacc, estimates, mean_iou
 from evaluation.targets import Target, class_weights, exact_float32, under_attack
-from metrics.confusion import aacc, confusion, miou
+from metrics.confusion import confusion
 
 CLEAN = "clean"
 METRICS = ("aacc", "miou")
-TRANSFER_COLUMNS = ("source", "target", "eps", "attack", "metric", "value", "n_images")
+TRANSFER_COLUMNS = (
+    "source", "target", "eps", "attack", "metric", "value", "ci_low", "ci_high", "units", "n_images",
+    "against_own", "against_own_low", "against_own_high",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,34 +29,35 @@ class Transfer:
     """What each target says of the images that an attack made for each source.
 
     sources: "clean" (the images themselves), then the names of the targets. counts: int64 [S, T, N, K, K], rows
-    truth, columns prediction. A source's own column is its white-box result, taken again from the images.
+    truth, columns prediction. A target's result on its own images is its white-box one, taken again from the images.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
     counts: np.ndarray
 
-    def matrix(self, metric: str) -> np.ndarray:
-        """[S, T] in [0, 1]: aacc (pooled over the images), or miou over the classes with ground truth in them."""
-        pooled = self.counts.sum(axis=2)
-        return aacc(pooled) if metric == "aacc" else miou(pooled, "gt_only")
-
-    def rows(self) -> list[dict]:
-        """One row per figure: source, target, metric, value in [0, 1]."""
-        return [
-            {"source": source, "target": target, "metric": metric, "value": float(value)}
-            for metric in METRICS
-            for source, values in zip(self.sources, self.matrix(metric), strict=True)
-            for target, value in zip(self.targets, values, strict=True)
-        ]
-
-    def table(self, metric: str = "miou") -> list[str]:
-        """Lines of a Markdown table in percent: made for (rows), shown to (columns)."""
-        return transfer_table(self.rows(), metric)
-
-    def stronger_than_white_box(self) -> list[tuple[str, str]]:
-        """See `stronger_than_white_box`."""
-        return stronger_than_white_box(self.rows())
+    def rows(self, blocks: Sequence[str]) -> list[dict]:
+        """One row per figure, in [0, 1]: aacc (pooled over the images), or miou over the classes with ground truth in
+        them, with its interval over the blocks that the images are of; against_own: how much less or more it is than
+        under images made for the target itself, paired."""
+        resamples = Resamples(blocks)
+        figures = {"aacc": aacc, "miou": mean_iou(np.flatnonzero(self.counts[0, 0].sum(axis=(0, 2))))}
+        found = {
+            (source, target): estimates(resamples, ClassCounts.of(counts), figures)
+            for source, line in zip(self.sources, self.counts, strict=True)
+            for target, counts in zip(self.targets, line, strict=True)
+        }
+        rows = []
+        for metric in METRICS:
+            for (source, target), figure in found.items():
+                low, high = figure[metric].bounds()
+                more = figure[metric] - found[target, target][metric]
+                row = {"source": source, "target": target, "metric": metric, "value": figure[metric].value}
+                row |= {"ci_low": low, "ci_high": high, "units": resamples.units, "against_own": more.value}
+                rows.append(
+                    row | dict(zip(("against_own_low", "against_own_high"), more.bounds(), strict=True))
+                )
+        return rows
 
 
 def transfer_table(rows: Iterable[Mapping], metric: str = "miou") -> list[str]:
@@ -66,11 +71,16 @@ def transfer_table(rows: Iterable[Mapping], metric: str = "miou") -> list[str]:
     return markdown_table([f"made for \\ shown to, {metric}", *targets], cells, 1)
 
 
-def stronger_than_white_box(rows: Iterable[Mapping]) -> list[tuple[str, str]]:
-    """(source, target) where images made for another target, or the clean ones, leave fewer pixels right than those
-    made for itself: a sign that its gradients are masked, or that the attack is too weak."""
-    right = {(row["source"], row["target"]): row["value"] for row in rows if row["metric"] == "aacc"}
-    return [pair for pair, value in right.items() if value < right[pair[1], pair[1]]]
+def stronger_than_white_box(rows: Iterable[Mapping]) -> list[Mapping]:
+    """The rows of accuracy where images made for another target, or the clean ones, leave fewer pixels right than
+    those made for the target itself, by more than chance where there is an interval: its gradients are masked, or the
+    attack is too weak."""
+    found = []
+    for row in rows:
+        surely = row["against_own"] if row["against_own_high"] is None else row["against_own_high"]
+        if row["metric"] == "aacc" and surely < 0:
+            found.append(row)
+    return found
 
 
 def transfer(

@@ -35,7 +35,7 @@ from evaluation.ledger import (
     shown,
 )
 from evaluation.plan import Scene, Setup, Unit, manifest_of, units_of
-from evaluation.robust import Bench, about_unit, images_of, members_of, network_passes
+from evaluation.robust import Bench, about_unit, as_begun, images_of, members_of, network_passes
 from evaluation.robust_tables import write_robust
 from evaluation.suites import Member
 from evaluation.targets import Target, exact_float32, under_attack
@@ -98,9 +98,7 @@ def verify(
     if damaged:
         verdict.problems.append(f"{damaged} lines of the ledger have a wrong checksum")
     known = rows_as_asked(manifest, targets, members, setup, verdict)
-    before = torch.get_num_threads()
-    torch.set_num_threads(manifest["protocol"]["threads"])
-    try:
+    with as_begun(ledger):
         batches = 0
         for index, scene in enumerate(scenes):
             batches += 1
@@ -113,8 +111,6 @@ def verify(
             certified = certify_targets(list(known.values()), scenes, setup, device)
             if read_beside(folder).certificates != certified:
                 verdict.problems.append(f"{CERTIFICATES} is not what interval bounds give")
-    finally:
-        torch.set_num_threads(before)
     if not verdict.problems:  # of records that are wrong there may be no tables
         verdict.problems += wrong_tables(folder, ledger)
     return verdict

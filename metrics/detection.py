@@ -70,6 +70,14 @@ def counts_by_score(negative: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return found
 
 
+def resampled_auroc(negative: np.ndarray, positive: np.ndarray, multiplicities: np.ndarray) -> np.ndarray:
+    """AUROC of N scores to pass against N to find on each resample of the N images, [R]; multiplicities [R, N]: how
+    often each image is in it, clean and attacked alike."""
+    above = np.sign(np.subtract.outer(positive, negative)) / 2 + 0.5  # [N to find, N to pass]
+    pairs = ((multiplicities @ above) * multiplicities).sum(axis=1)
+    return pairs / multiplicities.sum(axis=1) ** 2
+
+
 def fpr_at_tpr(counts: np.ndarray, tpr: float = 0.95) -> float:
     """Share of those to pass that are stopped at the highest threshold that finds at least a share `tpr` of those to
     find; NaN where there are none of either. counts [2, S] as of `counts_by_score`."""

@@ -36,7 +36,7 @@ from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
 from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
-from evaluation.robust import attack_all, begin, is_complete, shard
+from evaluation.robust import as_begun, attack_all, begin, is_complete, shard
 from evaluation.suites import Member, attacks_for, extra_members, member, needs_class_weights
 from evaluation.target_checks import check_first
 from evaluation.targets import ROUTED, Target, exact_float32, target_of
@@ -100,7 +100,10 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     clean = read_clean(folder, images.classes, settings.split)
     suite = next((one for one in works if one.name == SUITE), None)
     checked = suite is not None and settings.attack_checks
-    found = check_first(next(iter(suite.scenes)), *suite.parts[1:], device) if checked else []
+    found = []
+    if checked:
+        with as_begun(ledgers[SUITE]):
+            found = check_first(next(iter(suite.scenes)), *suite.parts[1:], device)
     write_beside(folder / FINDINGS, found)
     write_classifier_tables(folder, clean, about, images.name, ledgers)
     results = load_images(ledgers[SUITE]) if suite else None

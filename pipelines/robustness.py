@@ -13,15 +13,15 @@ from dataloaders.frames import Frame, FrameIndex
 from engine.config import Component, Evaluate, Evaluation, UserError
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
 from evaluation.certificate import certify_targets
-from evaluation.detectors import cost, detection_rows
+from evaluation.detectors import DETECTION_COLUMNS, cost, detection_rows
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
-from evaluation.robust import attack_all
+from evaluation.robust import as_begun, attack_all
 from evaluation.robust_tables import TABLES, eps_text, robust_summary, write_robust
 from evaluation.suites import Member, attacks_for, extra_members, made_for, members, needs_class_weights
 from evaluation.target_checks import check_first
 from evaluation.targets import Target, target_of
-from evaluation.transfer import transfer
+from evaluation.transfer import TRANSFER_COLUMNS, transfer
 from networks.ensemble import Ensemble
 from pipelines.matrix import Zoo, is_whole, load_zoo, subsets_of
 from pipelines.segmentation import evaluation_batches
@@ -60,15 +60,24 @@ def attack_rows(
     if not attack_all(ledger, scenes, targets, own, setup, device=device, replace=overwrite):
         print(f"robustness: done here; other processes are still at work on {ledger}")
         return False
-    found = check_first(next(iter(scenes)), targets, own, setup, device) if settings.attack_checks else []
-    write_beside(folder / FINDINGS, found)
-    write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
-    source = {"ledger": read_manifest(ledger), "transfer": settings.transfer and settings.transfer.plain()}
-    once(folder / TRANSFER, source, lambda: transfer_rows(settings.transfer, targets, scenes, setup, device))
-    source = {"ledger": read_manifest(ledger), "detectors": settings.detectors}
-    once(
-        folder / DETECTORS, source, lambda: detector_rows(settings.detectors, targets, scenes, setup, device)
-    )
+    with as_begun(ledger):
+        found = check_first(next(iter(scenes)), targets, own, setup, device) if settings.attack_checks else []
+        write_beside(folder / FINDINGS, found)
+        write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
+        manifest = read_manifest(ledger)
+        source = {"ledger": manifest, "transfer": settings.transfer and settings.transfer.plain()}
+        source["columns"] = TRANSFER_COLUMNS
+        once(
+            folder / TRANSFER,
+            source,
+            lambda: transfer_rows(settings.transfer, targets, scenes, setup, device),
+        )
+        source = {"ledger": manifest, "detectors": settings.detectors, "columns": DETECTION_COLUMNS}
+        once(
+            folder / DETECTORS,
+            source,
+            lambda: detector_rows(settings.detectors, targets, scenes, setup, device),
+        )
     results = write_robust(folder, ledger)
     print("\n".join(["", *robust_summary(results), "", f"robustness: {folder / 'robustness.md'}"]))
     return True
@@ -103,7 +112,7 @@ def transfer_rows(
     if attack is None or len(targets) < 2:
         return []
     eps = max(setup.eps)
-    count = sum(len(scene.names) for scene in scenes)
+    blocks = [block for scene in scenes for block in scene.blocks]
     print(f"transfer: {attack.name} at eps {eps_text(eps)} for each of {len(targets)} rows, shown to all")
 
     def batches() -> Iterator[tuple[Tensor, Tensor, Threat]]:
@@ -113,8 +122,8 @@ def transfer_rows(
             yield scene.images.to(device), scene.labels.to(device), threat
 
     found = transfer(targets, attack, batches(), len(setup.classes))
-    about = {"eps": eps, "attack": attack.name, "n_images": count}
-    return [row | about for row in found.rows()]
+    about = {"eps": eps, "attack": attack.name, "n_images": len(blocks)}
+    return [row | about for row in found.rows(blocks)]
 
 
 def detector_rows(

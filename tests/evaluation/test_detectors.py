@@ -1,6 +1,7 @@
 """Detectors: counted scores, and that an attacker who knows one does better than one who doesn't."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,8 @@ def test_every_score_has_a_row_for_each_attacker(rows):
     assert len(rows) == (1 + 4 + 5) * 3
     assert {row["n_images"] for row in rows} == {toy.IMAGES}
     for row in rows:
-        assert 0 <= row["auroc"] <= 1 and 0 <= row["fpr95"] <= 1
+        assert 0 <= row["auroc"] <= 1 and 0 <= row["fpr95"] <= 1 and row["units"] == toy.IMAGES
+        assert 0 <= row["ci_low"] <= row["auroc"] <= row["ci_high"] <= 1
         assert row["attacked"] < row["clean"] or row["kappa"] > 0
 
 
@@ -92,6 +94,15 @@ def test_batches_don_t_matter_and_the_cost_is_as_told():
     whole = detection_rows(toy.targets()[0], toy.scenes(toy.IMAGES), SETUP, 4 / 255, kappas=(2.0,), steps=3)
     for one, other in zip(few, whole, strict=True):
         assert np.isclose(one["auroc"], other["auroc"]) and one["attacked"] == other["attacked"]
+
+
+def test_no_interval_over_fewer_than_ten_blocks(rows):
+    few = [replace(scene, blocks=("road",) * len(scene.names)) for scene in toy.scenes()]
+    (row, _) = detection_rows(toy.targets()[0], few, SETUP, 8 / 255, kappas=(1.0,), steps=8)
+    assert row["units"] == 1 and row["ci_low"] is row["ci_high"] is None and row["auroc"] == rows[0]["auroc"]
+    told = detection_table(rows)[2]
+    assert f" {rows[0]['auroc']:.3f} [{rows[0]['ci_low']:.3f}, {rows[0]['ci_high']:.3f}] |" in told
+    assert f" {row['auroc']:.3f} |" in detection_table([row])[2]
 
 
 def test_clean_images_can_t_be_told_from_themselves():

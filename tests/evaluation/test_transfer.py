@@ -12,7 +12,7 @@ from attacks.pgd import pgd
 from attacks.threat import Threat
 from engine.config import UserError, component
 from evaluation.targets import Target
-from evaluation.transfer import Transfer, cross_counts, transfer
+from evaluation.transfer import Transfer, cross_counts, stronger_than_white_box, transfer, transfer_table
 from metrics.confusion import confusion
 
 CLASSES = 3
@@ -64,17 +64,19 @@ def test_the_diagonal_is_the_white_box():
 
 def test_the_attack_works_on_its_source_only():
     """White box is below clean; images made for another network do less."""
-    found = transfer([target("first", 1), target("second", 2)], ATTACK, batches(), CLASSES).matrix("aacc")
-    assert found[0, 0] == 1.0
-    assert found[1, 0] < found[2, 0]
-    assert found[2, 1] < found[1, 1] and found[2, 1] < found[0, 1]
+    found = transfer([target("first", 1), target("second", 2)], ATTACK, batches(), CLASSES)
+    rows = found.rows(list("vwxyz"))
+    right = {(row["source"], row["target"]): row["value"] for row in rows if row["metric"] == "aacc"}
+    assert right["clean", "first"] == 1.0
+    assert right["first", "first"] < right["second", "first"]
+    assert right["second", "second"] < min(right["first", "second"], right["clean", "second"])
 
 
 def test_identical_networks_transfer_fully():
     found = transfer([target("one", 1), target("twin", 1)], ATTACK, batches(), CLASSES)
     assert (found.counts[:, 0] == found.counts[:, 1]).all()
     assert (found.counts[1] == found.counts[2]).all()
-    assert found.stronger_than_white_box() == []
+    assert stronger_than_white_box(found.rows(list("vwxyz"))) == []
 
 
 def test_nothing_transfers_at_eps_0():
@@ -127,18 +129,41 @@ def by_hand():
 
 
 def test_figures_by_hand():
-    found = by_hand()
-    assert found.matrix("aacc").tolist() == [[6 / 8, 1.0], [5 / 8, 7 / 8], [3 / 8, 0.0]]
-    assert found.matrix("miou").tolist() == found.matrix("aacc").tolist(), "one class with ground truth"
-    assert found.stronger_than_white_box() == [("b", "a")]
-    rows = found.rows()
+    rows = by_hand().rows(["one", "two"])
     assert len(rows) == 2 * 3 * 2
-    assert rows[3] == {"source": "a", "target": "b", "metric": "aacc", "value": 7 / 8}
-    assert found.table("aacc")[2:] == [
+    values = [row["value"] for row in rows]
+    assert values[:6] == values[6:] == [6 / 8, 1.0, 5 / 8, 7 / 8, 3 / 8, 0.0], "one class with ground truth"
+    assert rows[3] == {
+        "source": "a", "target": "b", "metric": "aacc", "value": 7 / 8, "ci_low": None, "ci_high": None, "units": 2,
+        "against_own": 7 / 8, "against_own_low": None, "against_own_high": None,
+    }  # fmt: skip
+    assert [(row["source"], row["target"]) for row in stronger_than_white_box(rows)] == [("b", "a")]
+    assert transfer_table(rows, "aacc")[2:] == [
         "| clean | 75.00 | 100.00 |",
         "| a | 62.50 | 87.50 |",
         "| b | 37.50 | 0.00 |",
     ]
+
+
+def test_intervals_are_over_blocks_and_differences_paired():
+    """by_hand ten times over: twenty blocks. What two images say is still too little for a difference of 2 pixels of
+    8 where one image has all of it; a difference that every image has is beyond chance."""
+    whole = by_hand()
+    many = Transfer(whole.sources, whole.targets, np.tile(whole.counts, (1, 1, 10, 1, 1)))
+    rows = {
+        (row["source"], row["target"]): row
+        for row in many.rows([f"{place}" for place in range(20)])
+        if row["metric"] == "aacc"
+    }
+    own, other = rows["a", "a"], rows["b", "a"]
+    assert own["against_own"] == own["against_own_low"] == own["against_own_high"] == 0
+    assert other["ci_low"] < other["value"] == 3 / 8 < other["ci_high"] and other["units"] == 20
+    assert other["against_own_low"] < other["against_own"] == -2 / 8 < other["against_own_high"] < 0
+    assert stronger_than_white_box(rows.values()) == [other]
+    few = many.rows(["first"] * 10 + ["second"] * 10)
+    assert {row["ci_low"] for row in few} == {None}
+    fragile = dict(other, against_own_high=0.01)
+    assert stronger_than_white_box([fragile]) == []
 
 
 def test_refusals():

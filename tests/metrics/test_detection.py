@@ -17,6 +17,7 @@ from metrics.detection import (
     counts_by_score,
     fpr_at_tpr,
     jensen_shannon,
+    resampled_auroc,
 )
 
 
@@ -60,6 +61,16 @@ def test_a_score_of_yes_and_no_has_half_of_one_plus_tpr_minus_fpr(counts):
     truth = [0] * (right_no + right_yes) + [1] * (wrong_no + wrong_yes)
     scores = [0] * right_no + [1] * right_yes + [0] * wrong_no + [1] * wrong_yes
     assert found == pytest.approx(roc_auc_score(truth, scores))
+
+
+def test_a_resample_is_scored_as_if_its_images_were_there_as_often():
+    generator = np.random.default_rng(0)
+    clean, attacked = generator.integers(0, 6, 12) / 6, generator.integers(2, 9, 12) / 6  # with equal scores
+    multiplicities = generator.multinomial(12, np.full(12, 1 / 12), 5)
+    multiplicities[0] = 1
+    for found, often in zip(resampled_auroc(clean, attacked, multiplicities), multiplicities, strict=True):
+        counts = counts_by_score(np.repeat(clean, often), np.repeat(attacked, often))
+        assert found == pytest.approx(auroc(counts), abs=1e-12)
 
 
 def test_bins_are_of_equal_width_and_the_last_one_holds_one():
