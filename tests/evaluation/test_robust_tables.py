@@ -173,9 +173,11 @@ def test_the_gate_free_floor_is_that_of_the_images_of_the_worst_case():
 
 
 def test_what_stands_beside_is_told_with_the_rest():
+    own = {"mean": 0.5, "moe": 0.4}
     rows = [
         {"source": source, "target": target, "metric": metric, "value": value, "eps": LARGE, "attack": "pgd",
-         "n_images": 12}
+         "n_images": 12, "units": 12, "against_own": value - own[target], "against_own_low": value - own[target] - 0.02,
+         "against_own_high": value - own[target] + 0.02}
         for metric in ("aacc", "miou")
         for source, values in {"clean": (0.9, 0.8), "mean": (0.5, 0.3), "moe": (0.6, 0.4)}.items()
         for target, value in zip(("mean", "moe"), values, strict=True)
@@ -189,7 +191,10 @@ def test_what_stands_beside_is_told_with_the_rest():
     text = robust_markdown(results(), beside)
     assert "- mean: at 1/255 25.00 % of the pixels, at 2/255 12.50 % of the pixels." in text
     assert "- moe: none computed: why." in text
-    assert "| mean | 50.00 | 30.00 |" in text and "made for mean, shown to moe." in text
+    assert (
+        "| mean | 50.00 | 30.00 |" in text
+        and "made for mean, shown to moe, -10.00 points [-12.0, -8.0]." in text
+    )
     assert "| moe !1 |" in text and "## Checks" in text and "## Detectors" not in text
     found = [row for row in robust_rows(results(), beside.certificates) if row["metric"] == "aacc_certified"]
     assert [(row["model"], row["eps"], row["value"]) for row in found] == [
