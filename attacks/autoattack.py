@@ -14,6 +14,7 @@ from engine.config import NonNegativeInt, UserError
 NORMS = {"linf": "Linf", "l2": "L2"}
 TARGETS = 9  # other classes that targeted attacks go for, at most
 FEWEST = 4  # classes that the targeted DLR loss needs
+FOR_CLASSIFIERS = True  # label maps are not for it
 
 
 def autoattack(

@@ -73,8 +73,8 @@ def evaluate(
         model.to(device)
     target = target_of(name, model)
     own = members(suite, target.kind, target.num_experts)
-    own += extra_members(attacks, target.kind, target.num_experts, tuple(first.shape[-2:]), own)
     classes = list(classes) or [f"class {index}" for index in range(classes_of(model, first[:1].to(device)))]
+    own += extra_members(attacks, target.kind, target.num_experts, tuple(first.shape[-2:]), len(classes), own)
     if class_pixels is None and any(map(needs_class_weights, own)):
         class_pixels = pixels_of((labels for _, labels in batches), len(classes), ignore_index)
         log(
@@ -93,7 +93,7 @@ def evaluate(
             certified = certify_targets([target], scenes, setup, device)
         write_beside(place / FINDINGS, found)
         write_beside(place / CERTIFICATES, certified)
-        results = write_robust(place, place / "ledger")
+        results, _ = write_robust(place, place / "ledger")
         markdown = (place / "robustness.md").read_text(encoding="utf-8")
     return Report(results, robust_rows(results, certified), markdown)
 

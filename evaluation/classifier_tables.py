@@ -19,8 +19,8 @@ from evaluation.classifiers import (
     load_answers,
     loads,
 )
-from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows
-from evaluation.formats import csv_text, in_brackets, markdown_table, percent, points
+from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows, told_of
+from evaluation.formats import aligned, csv_text, in_brackets, markdown_table, percent, points
 from evaluation.image_results import ON_EXPERTS, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
@@ -117,9 +117,13 @@ def clean_rows(clean: Clean, about: Mapping[str, About]) -> list[dict]:
             for expert, load in enumerate(loads(own)):
                 rows.append({**base, **many, "metric": f"load_{expert}", "value": float(load)})
             rows.append({**base, **many, "metric": "effective_experts", "value": balance(own)})
-    labels = np.bincount(clean.labels, minlength=len(clean.classes))
     floor = {"model": FLOOR, "kind": "floor", "subset": clean.split, "metric": "top1"}
-    return [*rows, {**floor, "value": float(labels.max() / labels.sum()), "n_images": len(clean.labels)}]
+    return [*rows, {**floor, "value": floor_of(clean), "n_images": len(clean.labels)}]
+
+
+def floor_of(clean: Clean) -> float:
+    """Accuracy of the best constant answer."""
+    return float(np.bincount(clean.labels).max() / len(clean.labels))
 
 
 def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> str:
@@ -145,6 +149,7 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
             told(*figures["top5"]) if "top5" in figures else "-", gmacs_of(one), f"{one.parameters:,}",
             f"{one.active:,}", "-" if one.rise is None else points(one.rise),
         ])  # fmt: skip
+    cells.append([FLOOR, "-", "-", percent(floor_of(clean)), *["-"] * 5])
     lines += markdown_table(titles, cells, left=3)
     routed = {model: own for model, own in clean.answers.items() if own.alone is not None}
     if routed:
@@ -318,12 +323,16 @@ def robust_markdown(
                 lines += [
                     "",
                     "Paired differences of adaptive worst cases, in points, 95 % bootstrap over images; (no ranking) "
-                    "where the training of one had not ended, or is not known to have:",
+                    "where the training of one had not ended, or is not known to have, or both are at the floor:",
                     "",
                 ]
+                lowest = {
+                    one for one in results.whole if at_floor(results.worst(one, eps, "adaptive"), results)
+                }
                 lines += [
                     f"- {first} - {second}: {points(found.value)}{in_brackets(*found.interval())}"
-                    + " (no ranking)" * (about[first].unfinished or about[second].unfinished)
+                    + " (no ranking)"
+                    * (about[first].unfinished or about[second].unfinished or lowest >= {first, second})
                     for (first, second), found in pairs.items()
                 ]
         for eps in results.ladder:
@@ -356,10 +365,15 @@ def header_lines(results: ImageResults) -> list[str]:
     ]
 
 
+def at_floor(right: np.ndarray, results: ImageResults) -> bool:
+    """Whether the interval of a share of images, right [N], reaches down to the best constant class."""
+    return share(np.ones_like(right), right)[1] <= results.floor()
+
+
 def worst_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
     titles = ["model", "network", "passes", "clean", "common", "adaptive", "all paths", "on the router",
               "on the experts", "stable"]  # fmt: skip
-    floor, cells = results.floor(), []
+    cells = []
     for model in results.targets:
         found = figures_of(results, model, eps)
         line = [
@@ -370,9 +384,11 @@ def worst_table(results: ImageResults, eps: float, flags: Flags) -> list[str]:
         ]
         for title in titles[4:]:
             right = found[title].right if title in found else None
-            near = title in COLUMNS and share(np.ones_like(right), right)[1] <= floor
+            near = title in COLUMNS and at_floor(right, results)
             line.append(all_told(right).replace(" [", "* [", 1) if near else all_told(right))
         cells.append(line)
+    floor = percent(results.floor())
+    cells.append([FLOOR, "floor", "-", floor, floor, floor, *["-"] * (len(titles) - 6)])
     return markdown_table(titles, cells, left=2)
 
 
@@ -462,9 +478,9 @@ def auto_findings(results: ImageResults | None, auto: ImageResults) -> list[Find
 
 def write_classifier_tables(
     folder: str | Path, clean: Clean, about: Mapping[str, About], dataset: str, ledgers: Mapping[str, Path]
-) -> None:
+) -> list[str]:
     """Writes the tables of a folder; results.csv last: where it is, all is there. ledgers: SUITE and AUTOATTACK, those
-    that are complete."""
+    that are complete. Returns a summary for a terminal."""
     folder, findings, rows, timing, telemetry = Path(folder), [], clean_rows(clean, about), [], []
     results, auto = (load_images(ledgers[name]) if name in ledgers else None for name in (SUITE, AUTOATTACK))
     for name, one in ((SUITE, results), (AUTOATTACK, auto)):
@@ -496,6 +512,7 @@ def write_classifier_tables(
     for name, text in files.items():
         atomic_write(folder / name, text.encode())
     atomic_write(folder / "results.csv", csv_text(RESULT_COLUMNS, rows).encode())
+    return summary(clean, results, Flags(findings))
 
 
 def timing_rows(ledger: str, results: ImageResults, seconds: Mapping[str, float]) -> list[dict]:
@@ -510,14 +527,17 @@ def timing_rows(ledger: str, results: ImageResults, seconds: Mapping[str, float]
     ]  # fmt: skip
 
 
-def summary(clean: Clean, results: ImageResults | None) -> list[list[str]]:
-    """Cells for a terminal: clean top-1 of all images, and the adaptive worst case at each eps."""
+def summary(clean: Clean, results: ImageResults | None, flags: Flags) -> list[str]:
+    """For a terminal: clean top-1 of all images, and the adaptive worst case at each eps, marked where a flag touches
+    it."""
     eps = results.ladder if results is not None else ()
     lines = [["top-1 in %", "clean", *(f"eps {eps_text(one)}" for one in eps)]]
     for model, own in clean.answers.items():
         line = [model, percent(float((own.said == clean.labels).mean()))]
         for one in eps:
             there = results is not None and model in results.targets
-            line.append(percent(float(results.worst(model, one, "adaptive").mean())) if there else "-")
+            value = percent(float(results.worst(model, one, "adaptive").mean())) if there else "-"
+            line.append(value + flags.mark(model, one) * there)
         lines.append(line)
-    return lines
+    floor = percent(floor_of(clean))
+    return aligned([*lines, [FLOOR, floor, *[floor] * len(eps)]], left=1) + told_of(flags)

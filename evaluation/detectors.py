@@ -141,7 +141,8 @@ def detection_rows(
 
 def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
     """Per model, eps and score: the row of kappa 0, and the one with the lowest AUROC among those whose attack takes
-    at least WORTH of the accuracy that the plain one takes: {"plain": row, "adaptive": row}."""
+    at least WORTH of the accuracy that the plain one takes, else that of kappa 0 again: {"plain": row, "adaptive":
+    row}."""
     groups: dict[tuple, list[Mapping]] = {}
     for row in rows:
         groups.setdefault((row["model"], row["eps"], row["score"]), []).append(row)
@@ -149,7 +150,7 @@ def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
     for own in groups.values():
         plain = next(row for row in own if row["kappa"] == 0)
         taken = plain["clean"] - plain["attacked"]
-        worth = [row for row in own if row["clean"] - row["attacked"] >= WORTH * taken]
+        worth = [row for row in own if row["clean"] - row["attacked"] >= WORTH * taken] or [plain]
         adaptive = min(worth, key=lambda row: math.inf if math.isnan(row["auroc"]) else row["auroc"])
         found.append({"plain": plain, "adaptive": adaptive})
     return found

@@ -62,6 +62,11 @@ class Flags:
         return [f"!{number} {in_words(one)}" for number, one in enumerate(self.flags, start=1)]
 
 
+def told_of(flags: Flags) -> list[str]:
+    """What a terminal says below figures that flags touch; nothing without flags."""
+    return ["", *flags.lines()] if flags.flags else []
+
+
 def in_words(finding: Finding) -> str:
     """Target, eps and attack, the check and what it says."""
     where = [finding.target]

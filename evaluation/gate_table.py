@@ -74,7 +74,7 @@ def collapse_warnings(results: Results, subsets: Sequence[str]) -> list[str]:
 
 def regret(results: Results, gate: str, subset: str) -> dict[str, float]:
     """By how much the best gate of its kind (simple or class-wise) over the same experts is better: aacc (pixel
-    accuracy) and miou, in [-1, 1]; empty where there is no such row.
+    accuracy) and miou (over the classes with ground truth), in [-1, 1]; empty where there is no such row.
 
     The best gate bounds the pixel accuracy of gates that mix logits without a convolution; with one, the regret
     may be negative."""
@@ -82,4 +82,7 @@ def regret(results: Results, gate: str, subset: str) -> dict[str, float]:
     if ceiling not in results.by_name or set(results.row(ceiling).experts) != set(results.row(gate).experts):
         return {}
     best, own = (aacc(results.total(name, subset)) for name in (ceiling, gate))
-    return {"aacc": float(best - own), "miou": results.miou(ceiling, subset) - results.miou(gate, subset)}
+    return {
+        "aacc": float(best - own),
+        "miou": results.miou_gt_only(ceiling, subset) - results.miou_gt_only(gate, subset),
+    }

@@ -141,6 +141,11 @@ class Results:
         total = self.total(name, subset)
         return float(miou(total, self.protocol.absent)) if total.any() else float("nan")
 
+    def miou_gt_only(self, name: str, subset: str) -> float:
+        """mIoU over the classes with ground truth in the subset, whatever the policy: the same classes for all rows,
+        so that differences are of the rows and not of the classes that they answer. NaN where not defined."""
+        return float(miou(self.total(name, subset), "gt_only"))
+
     def counted(self, name: str, subset: str) -> int:
         """Number of classes in that mean."""
         return int(counted_classes(self.total(name, subset), self.protocol.absent).sum())

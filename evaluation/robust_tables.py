@@ -11,7 +11,7 @@ from engine.runs import atomic_write
 from evaluation.beside import Beside, read_beside
 from evaluation.certificate import Certified
 from evaluation.detectors import DETECTION_COLUMNS, detection_table
-from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows
+from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows, told_of
 from evaluation.formats import aligned, csv_text, in_brackets, markdown_table, percent, points
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
@@ -44,9 +44,10 @@ def load_robust(ledger: str | Path) -> RobustResults:
     return RobustResults(read_manifest(ledger), read_units(ledger))
 
 
-def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
+def write_robust(folder: str | Path, ledger: str | Path) -> tuple[RobustResults, Flags]:
     """Writes the tables of a complete ledger, and of what stands beside it in the folder (see evaluation.beside); puts
-    their rows into results.csv where that is there. robustness.csv is last: where it is, all is there."""
+    their rows into results.csv where that is there. robustness.csv is last: where it is, all is there. Returns what
+    they are made from, with the flags that were raised."""
     manifest, units = read_manifest(ledger), read_units(ledger)
     results, beside = RobustResults(manifest, units), read_beside(folder)
     beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
@@ -73,7 +74,7 @@ def write_robust(folder: str | Path, ledger: str | Path) -> RobustResults:
     if (Path(folder) / "results.csv").exists():
         add_to_results(Path(folder) / "results.csv", rows)
     atomic_write(Path(folder) / "robustness.csv", csv_text(RESULT_COLUMNS, rows).encode())
-    return results
+    return results, Flags(beside.findings)
 
 
 def add_to_results(path: str | Path, robust: Iterable[Mapping]) -> None:
@@ -193,14 +194,16 @@ def robust_markdown(results: RobustResults, beside: Beside = NOTHING) -> str:
     return "\n".join([*lines, "", "## Images", "", names]) + "\n"
 
 
-def robust_summary(results: RobustResults) -> list[str]:
-    """For a terminal: mIoU of every model on the clean images and in the adaptive worst case at each eps."""
+def robust_summary(results: RobustResults, flags: Flags) -> list[str]:
+    """For a terminal: mIoU of every model on the clean images and in the adaptive worst case at each eps, marked where
+    a flag touches it."""
     lines = [["mIoU in %", "clean", *(f"eps {eps_text(eps)}" for eps in results.ladder)]]
     for model in ordered(results):
-        found = [results.worst(model, eps, "adaptive").figures["miou"] for eps in results.ladder]
-        lines.append([model, *(percent(one.value) for one in (results.clean(model)["miou"], *found))])
+        found = {0.0: results.clean(model)["miou"]}
+        found |= {eps: results.worst(model, eps, "adaptive").figures["miou"] for eps in results.ladder}
+        lines.append([model, *(percent(one.value) + flags.mark(model, eps) for eps, one in found.items())])
     floor = percent(results.floor()["miou"])
-    return aligned([*lines, [FLOOR, *[floor] * (1 + len(results.ladder))]], left=1)
+    return aligned([*lines, [FLOOR, *[floor] * (1 + len(results.ladder))]], left=1) + told_of(flags)
 
 
 def in_words(protocol: Mapping) -> str:

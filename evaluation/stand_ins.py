@@ -17,32 +17,37 @@ from engine.config import Component, component, table_of
 from evaluation.ledger import canonical
 from evaluation.targets import ROUTED, Kind
 
-CLASSES = 40
-SIZE = (CLASSES, 2)  # a row of pixels for each class
+CLASSES = 40  # where nothing depends on it
+MOST_CLASSES = (
+    255  # of label maps of bytes; more would take long, and change the passes of no attack that is of use
+)
 
 
 class Sure:
     """A single network: each row of pixels is of a class of its own, and it can't be told otherwise."""
 
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+
     def __call__(self, images: Tensor) -> Tensor:
-        rows = torch.arange(images.shape[2]) % CLASSES
-        right = torch.nn.functional.one_hot(rows, CLASSES).T[None, :, :, None].to(images)
-        slope = torch.linspace(-1, 1, CLASSES)[None, :, None, None].to(images)
+        rows = torch.arange(images.shape[2]) % self.num_classes
+        right = torch.nn.functional.one_hot(rows, self.num_classes).T[None, :, :, None].to(images)
+        slope = torch.linspace(-1, 1, self.num_classes)[None, :, None, None].to(images)
         return 10 * right + slope * images.mean(dim=1, keepdim=True)
 
 
 class SureEnsemble:
     """Several of them."""
 
-    def __init__(self, num_experts: int):
-        self.num_experts = num_experts
+    def __init__(self, num_experts: int, num_classes: int):
+        self.num_experts, self.expert = num_experts, Sure(num_classes)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.combine(self.expert_logits(images))
 
     def expert_logits(self, images: Tensor) -> Tensor:
         """[B, E, K, H, W]"""
-        return Sure()(images)[:, None].expand(-1, self.num_experts, -1, -1, -1)
+        return self.expert(images)[:, None].expand(-1, self.num_experts, -1, -1, -1)
 
     def combine(self, expert_logits: Tensor) -> Tensor:
         return expert_logits.mean(dim=1)
@@ -52,8 +57,9 @@ class SureMixture:
     """A routed model whose gate can't be told otherwise, either. ran: networks that have run for an image if only
     those with any weight do."""
 
-    def __init__(self, num_experts: int, routing: str):
+    def __init__(self, num_experts: int, num_classes: int, routing: str):
         self.num_experts, self.routing, self.ran = num_experts, routing, 0
+        self.expert = Sure(num_classes)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.forward_given(images, self.route(self.gate_logits(images)))
@@ -73,14 +79,14 @@ class SureMixture:
     def forward_given(self, images: Tensor, weights: Tensor) -> Tensor:
         weights = weights.reshape(weights.shape[-5:])  # [B, E, K, h, w]
         self.ran += int((weights[0] != 0).flatten(1).any(dim=1).sum())
-        return (Sure()(images)[:, None] * weights).sum(dim=1)
+        return (self.expert(images)[:, None] * weights).sum(dim=1)
 
     def gate_and_mix(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         return self.gate_logits(images), partial(self.forward_given, images)
 
 
 STAND_INS: dict[Kind, Callable] = {
-    "single": lambda num_experts: Sure(),
+    "single": lambda num_experts, num_classes: Sure(num_classes),
     "ensemble": SureEnsemble,
     "soft": partial(SureMixture, routing="soft"),
     "hard": partial(SureMixture, routing="hard"),
@@ -93,26 +99,35 @@ def count_passes(
     num_experts: int,
     size: tuple[int, int] | None = None,
     conditional: bool = False,
+    num_classes: int = CLASSES,
 ) -> tuple[int, int, int]:
     """(forward passes, backward passes, passes of networks) per image of an attack on a kind of target, counted by
     running it; of an attack that says itself what it takes at most (`passes_at_most`), that. conditional: as in
-    Target."""
-    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size or SIZE, conditional)
+    Target. UserError for settings that are not for so many classes."""
+    classes = min(num_classes, MOST_CLASSES)
+    size = size or (max(classes, CLASSES), 2)  # a row of pixels for each class
+    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size, conditional, classes)
 
 
 @cache
 def _count(
-    table: str, attack: str, kind: Kind, num_experts: int, size: tuple[int, int], conditional: bool
+    table: str,
+    attack: str,
+    kind: Kind,
+    num_experts: int,
+    size: tuple[int, int],
+    conditional: bool,
+    num_classes: int,
 ) -> tuple[int, int, int]:
     plain = json.loads(attack)
     built = component(table, plain.pop("name"), **plain)
     told = getattr(module_of(built), "passes_at_most", None)
     if told is not None:
         return told(kind, num_experts, conditional, **built.args)
-    threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(CLASSES))
+    threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(num_classes))
     images = torch.full((1, 3, *size), 0.5)
-    labels = (torch.arange(size[0]) % CLASSES)[None, :, None].expand(1, *size)
-    model = STAND_INS[kind](num_experts)
+    labels = (torch.arange(size[0]) % num_classes)[None, :, None].expand(1, *size)
+    model = STAND_INS[kind](num_experts, num_classes)
     found = built.build(model, images, labels, threat)
     networks = model.ran if conditional and kind in ROUTED else found.forwards * num_experts
     return found.forwards, found.backwards, networks

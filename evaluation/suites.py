@@ -7,14 +7,14 @@ as they have: a mixture's pass runs E networks, in the common members too.
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from engine.config import Component, UserError, component
 from evaluation.formats import aligned, number
-from evaluation.stand_ins import count_passes, module_of
+from evaluation.stand_ins import CLASSES, count_passes, module_of
 from evaluation.targets import Kind
 
 TABLE = "attacks:ATTACKS"
@@ -154,12 +154,13 @@ def extra_members(
     kind: Kind,
     num_experts: int,
     size: tuple[int, int],
+    num_classes: int,
     taken: Sequence[Member] = (),
     conditional: bool = False,
 ) -> list[Member]:
     """Attacks of a config as further members: adaptive ones that are for a kind of target (see `attacks_for`), common
     ones else; `clean` is there anyway. A second one of a name has its settings in it. size: (height, width) of the
-    images. UserError for an attack that the target has nothing for."""
+    images. UserError for an attack that the target has nothing for, and for a class that it hasn't."""
     found, names = [], [one.name for one in taken]
     for attack in attacks:
         if attack.name == "clean":
@@ -171,13 +172,22 @@ def extra_members(
         names.append(name)
         whole = size if "file" in attack.args else None  # made for images of one size
         column = "common" if made_for(attack) == ALL else "adaptive"
-        found.append(member(name, attack, column, kind, num_experts, whole, conditional))
+        found.append(member(name, attack, column, kind, num_experts, whole, conditional, num_classes))
     return found
 
 
 def made_for(attack: Component) -> tuple[str, tuple[Kind, ...]]:
     """What an attack is for in words, and the kinds of targets that are that."""
     return MADE_FOR.get(module_of(attack).__name__, ALL)
+
+
+def refuse_for_label_maps(attacks: Iterable[Component]) -> None:
+    """UserError for an attack that is for classifiers alone."""
+    for attack in attacks:
+        if getattr(module_of(attack), "FOR_CLASSIFIERS", False):
+            raise UserError(
+                f"evaluate.attacks: {attack.name} is for classifiers; label maps have apgd and square"
+            )
 
 
 def attacks_for(attacks: Sequence[Component], kinds: Mapping[str, Kind]) -> dict[str, list[Component]]:
@@ -210,11 +220,13 @@ def member(
     num_experts: int,
     size: tuple[int, int] | None = None,
     conditional: bool = False,
+    num_classes: int = CLASSES,
 ) -> Member:
     """A member with its cost, which is counted by running it on a stand-in; size of its image, where that matters."""
     if not isinstance(attack, Component):
         attack = component(TABLE, attack["name"], **{key: attack[key] for key in attack if key != "name"})
-    return Member(name, attack, column, *count_passes(attack, kind, num_experts, size, conditional))
+    passes = count_passes(attack, kind, num_experts, size, conditional, num_classes)
+    return Member(name, attack, column, *passes)
 
 
 CLEAN = Member("clean", component(TABLE, "clean"), "common", 1, 0, 1)

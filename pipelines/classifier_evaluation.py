@@ -27,13 +27,10 @@ from evaluation.classifier_tables import (
     SUITE,
     About,
     Clean,
-    load_images,
     read_clean,
-    summary,
     write_classifier_tables,
 )
 from evaluation.classifiers import ANSWERS, answers, save_answers
-from evaluation.formats import aligned
 from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all, begin, is_complete, shard
@@ -105,9 +102,8 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
         with as_begun(ledgers[SUITE]):
             found = check_first(next(iter(suite.scenes)), *suite.parts[1:], device)
     write_beside(folder / FINDINGS, found)
-    write_classifier_tables(folder, clean, about, images.name, ledgers)
-    results = load_images(ledgers[SUITE]) if suite else None
-    print("\n".join(["", *aligned(summary(clean, results), left=1), "", f"evaluation: {folder}"]))
+    summary = write_classifier_tables(folder, clean, about, images.name, ledgers)
+    print("\n".join(["", *summary, "", f"evaluation: {folder}"]))
     return clean
 
 
@@ -285,7 +281,7 @@ def works_of(
     }  # fmt: skip
     if suite_asked(settings):
         targets = targets_of(rows, settings.pathways)
-        own = members_of(settings, targets, images.size[1:])
+        own = members_of(settings, targets, images.size[1:], images.num_classes)
         scenes = Scenes(chosen, settings.attack_batch_size)
         setup = Setup(eps=tuple(settings.eps), suite=settings.suite, about=about, **shared)
         found.append(Work(SUITE, "ledger", scenes, targets, own, setup))
@@ -315,7 +311,7 @@ def targets_of(models: Mapping[str, Loaded], pathways: bool) -> list[Target]:
 
 
 def members_of(
-    settings: ClassifierEvaluate, targets: Sequence[Target], size: tuple[int, int]
+    settings: ClassifierEvaluate, targets: Sequence[Target], size: tuple[int, int], num_classes: int
 ) -> dict[str, list[Member]]:
     """The attacks on each target: a plain network beside mixtures gets restarts for as many network passes as they
     take; a pathway begins once."""
@@ -329,7 +325,7 @@ def members_of(
         if one.kind == "single" and one.role != "pathway":
             own[one.name] = classifier_members(settings.suite, one.kind, beside=beside)
         own[one.name] += extra_members(
-            further[one.name], one.kind, one.num_experts, size, own[one.name], one.conditional
+            further[one.name], one.kind, one.num_experts, size, num_classes, own[one.name], one.conditional
         )
         for attack in filter(needs_class_weights, own[one.name]):
             raise UserError(

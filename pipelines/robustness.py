@@ -18,7 +18,15 @@ from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all
 from evaluation.robust_tables import TABLES, eps_text, robust_summary, write_robust
-from evaluation.suites import Member, attacks_for, extra_members, made_for, members, needs_class_weights
+from evaluation.suites import (
+    Member,
+    attacks_for,
+    extra_members,
+    made_for,
+    members,
+    needs_class_weights,
+    refuse_for_label_maps,
+)
 from evaluation.target_checks import check_first
 from evaluation.targets import Target, target_of
 from evaluation.transfer import TRANSFER_COLUMNS, transfer
@@ -78,8 +86,8 @@ def attack_rows(
             source,
             lambda: detector_rows(settings.detectors, targets, scenes, setup, device),
         )
-    results = write_robust(folder, ledger)
-    print("\n".join(["", *robust_summary(results), "", f"robustness: {folder / 'robustness.md'}"]))
+    results, flags = write_robust(folder, ledger)
+    print("\n".join(["", *robust_summary(results, flags), "", f"robustness: {folder / 'robustness.md'}"]))
     return True
 
 
@@ -195,21 +203,22 @@ def attacked_rows(
     config: Evaluation, index: FrameIndex, zoo: Zoo
 ) -> tuple[list[Target], dict[str, list[Member]]]:
     """(targets, the attacks of each by its name). UserError for attacks that they can't be made for."""
-    settings, size = config.evaluate, tuple(config.data.image_size)
+    settings, size, classes = config.evaluate, tuple(config.data.image_size), len(index.classes)
     names = [row.name for row in zoo.rows(controls=False)]
     known = [*names, *(name for name in zoo.gates if name not in names)]
     for name in settings.attack_rows or ():
         if name not in known:
             raise UserError(f"evaluate.attack_rows: there is no row {name!r}; allowed: {', '.join(known)}")
+    refuse_for_label_maps([*settings.attacks, *filter(None, [settings.transfer])])
     targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
     parity = max(target.num_experts for target in targets)
     further = attacks_for(settings.attacks, {target.name: target.kind for target in targets})
     own, lacking = {}, []
     for target in targets:
         suite = members(settings.suite, target.kind, target.num_experts, parity)
-        more = extra_members(further[target.name], target.kind, target.num_experts, size, suite)
+        more = extra_members(further[target.name], target.kind, target.num_experts, size, classes, suite)
         own[target.name] = [*suite, *more]
-        made = [*own[target.name], *transferred(settings.transfer, target, size)]
+        made = [*own[target.name], *transferred(settings.transfer, target, size, classes)]
         if target.class_pixels is None and any(map(needs_class_weights, made)):
             lacking.append(target.name)
     if lacking:
@@ -225,7 +234,9 @@ def attacked_rows(
     return targets, own
 
 
-def transferred(attack: Component | None, target: Target, size: tuple[int, int]) -> list[Member]:
+def transferred(
+    attack: Component | None, target: Target, size: tuple[int, int], num_classes: int
+) -> list[Member]:
     """The attack of evaluate.transfer as a member, none without one. UserError for a row that it can't be made for."""
     if attack is None:
         return []
@@ -235,7 +246,7 @@ def transferred(attack: Component | None, target: Target, size: tuple[int, int])
             f"evaluate.transfer: {attack.name} is for {words}, and row {target.name} is none; name an attack that all "
             "rows take, such as pgd, or the rows that take it in evaluate.attack_rows"
         )
-    return extra_members([attack], target.kind, target.num_experts, size)
+    return extra_members([attack], target.kind, target.num_experts, size, num_classes)
 
 
 def target_of_row(zoo: Zoo, name: str) -> Target:

@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.ceilings import best_gate_of
 from evaluation.disagreement import case_totals, error_detection
 from evaluation.gate_table import regret
-from evaluation.results import Results, best_row
+from evaluation.results import Results
 from metrics.disagreement import CASES, CONTRADICTED
 from metrics.gate import gate_statistics, spearman
 
@@ -74,23 +74,24 @@ def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Finding]:
 
 
 def gate_against(results: Results, subsets: Sequence[str]) -> list[Finding]:
-    """The chosen gate against the best of each other kind, on the main subset."""
+    """The chosen gate against the best of each other kind, on the main subset, over the classes with ground truth."""
     gate, subset = chosen_gate(results), main_subset(subsets)
     if not gate:
         return []
-    own = results.miou(gate, subset)
+    own = results.miou_gt_only(gate, subset)
     rivals = []
     for kind in ("expert", "baseline", "ensemble", "control"):
         names = [name for name in results.names(kind) if results.defined(name, subset)]
         if names:
-            rival = best_row(results, names, subset)
-            rivals.append((kind, rival, own - results.miou(rival, subset)))
+            rival = max(names, key=lambda name: results.miou_gt_only(name, subset))
+            rivals.append((kind, rival, own - results.miou_gt_only(rival, subset)))
     if not rivals:
         return []
     beaten = sum(margin > 0 for _, _, margin in rivals)
     how = "the gate chosen on the validation split" if gate == results.chosen else "the first gate"
     compared = "; ".join(f"{_distance(margin)} the best {kind} ({rival})" for kind, rival, margin in rivals)
-    headline = f"On {subset} the MoE {gate} reaches {100 * own:.2f} mIoU"
+    classes = np.count_nonzero(results.present(subset))
+    headline = f"On {subset} the MoE {gate} reaches {100 * own:.2f} mIoU over the {classes} classes with ground truth"
     verdict = "above the best row of every other kind" if beaten == len(rivals) else (
         f"above the best of {beaten} of {len(rivals)} other kinds of rows"
     )  # fmt: skip
@@ -103,10 +104,10 @@ def regret_of_chosen(results: Results, subsets: Sequence[str]) -> list[Finding]:
     distance = regret(results, gate, subset) if gate else {}
     if not distance:
         return []
-    best = results.miou(best_gate_of(results.weights[gate].shape[2]), subset)
+    best = results.miou_gt_only(best_gate_of(results.weights[gate].shape[2]), subset)
     return [
         Finding(
-            f"A perfect gate of its kind would reach {100 * best:.2f} mIoU on {subset}: "
+            f"A perfect gate of its kind would reach {100 * best:.2f} mIoU on {subset} over the same classes: "
             f"a regret of {100 * distance['miou']:.2f} points.",
             f"In pixel accuracy {100 * distance['aacc']:.2f} points. Perfect means told the label of every pixel; "
             "it bounds gates without a convolution.",

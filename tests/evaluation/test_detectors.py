@@ -83,6 +83,8 @@ def test_an_attack_that_hides_by_doing_nothing_doesn_t_count():
     assert pair["adaptive"]["kappa"] == 10
     (pair,) = side_by_side([row(0, 0.1, 0.4), row(1, 0.2, math.nan), row(10, 0.1, 0.6)])
     assert pair["adaptive"]["kappa"] == 0
+    (pair,) = side_by_side([row(0, 0.902, 0.5), row(1, 0.903, 0.4)])  # the attack even helps, by chance
+    assert pair["adaptive"]["kappa"] == 0
 
 
 def test_batches_don_t_matter_and_the_cost_is_as_told():

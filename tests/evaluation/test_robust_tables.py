@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.beside import Beside
 from evaluation.certificate import Certified
-from evaluation.findings import Finding
+from evaluation.findings import Finding, Flags
 from evaluation.ledger import INCUMBENTS
 from evaluation.plan import units_of
 from evaluation.results import FLOOR
@@ -341,16 +341,12 @@ def test_the_page_says_what_figures_need():
     assert "The gate is the best of several on these very images" in two
     few = robust_markdown(results(blocks=["a", "b"] * 6))
     assert "none, as there are 2 blocks of images and 10 are needed" in few and "too few blocks" in few
-    assert robust_summary(results())[0].split() == [
-        "mIoU",
-        "in",
-        "%",
-        "clean",
-        "eps",
-        "1/255",
-        "eps",
-        "2/255",
-    ]
+    flags = Flags([Finding("masking", "moe", LARGE, "", "flag", "a gap")])
+    head, *lines, _, flag = robust_summary(results(), flags)
+    assert " ".join(head.split()) == "mIoU in % clean eps 1/255 eps 2/255"
+    (gate,) = [line.split() for line in lines if line.startswith("moe ")]
+    assert gate[-1] == "!1" and gate.count("!1") == 1 and flag.startswith("!1 moe, eps 2/255: masking: a gap")
+    assert not any("!" in line for line in robust_summary(results(), Flags([])))
 
 
 def test_eps_is_shown_as_people_write_it():

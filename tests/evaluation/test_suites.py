@@ -16,6 +16,7 @@ from evaluation.suites import (
     main,
     members,
     needs_class_weights,
+    refuse_for_label_maps,
 )
 from evaluation.targets import kind_of
 from tests.evaluation import robust_toy as toy
@@ -98,12 +99,12 @@ def test_attacks_of_a_config_are_further_members_and_clean_is_none():
         component("attacks:ATTACKS", name, **args)
         for name, args in (("clean", {}), ("fgsm", {}), ("pgd", {"steps": 3}), ("pgd", {"steps": 4}))
     ]
-    found = extra_members(given, "soft", 2, (6, 8))
+    found = extra_members(given, "soft", 2, (6, 8), 4)
     assert [one.name for one in found][:2] == ["fgsm", "pgd"]
     assert found[2].name.startswith("pgd (loss ce, steps 4, ")
     assert {one.column for one in found} == {"common"}
     with pytest.raises(UserError, match="stands there twice"):
-        extra_members([given[2]] * 3, "single", 1, (6, 8))
+        extra_members([given[2]] * 3, "single", 1, (6, 8), 4)
 
 
 def test_attacks_that_know_what_they_attack_are_adaptive_and_for_targets_that_have_it():
@@ -116,12 +117,12 @@ def test_attacks_that_know_what_they_attack_are_adaptive_and_for_targets_that_ha
     wanted = {"single": plain, "soft": [*routed, *plain], "ensemble": [*plain, *ensemble]}
     assert given == {**wanted, "hard": wanted["soft"]}
     for kind, own in (("soft", routed), ("hard", routed), ("ensemble", ensemble)):
-        assert {one.column for one in extra_members(own[:5], kind, 2, (6, 8))} == {"adaptive"}
+        assert {one.column for one in extra_members(own[:5], kind, 2, (6, 8), 4)} == {"adaptive"}
     for own, told in ((routed, "soft_gate is for routed models"), (ensemble, "member_sum is for ensembles")):
         with pytest.raises(UserError, match=f"evaluate.attacks: {told}, and none of day, night is one"):
             attacks_for([*plain, *own], {"day": "single", "night": "single"})
     with pytest.raises(UserError, match="for routed models"):
-        extra_members(routed, "single", 1, (6, 8))
+        extra_members(routed, "single", 1, (6, 8), 4)
 
 
 def test_a_file_belongs_to_a_member_by_its_contents(tmp_path, monkeypatch):
@@ -131,9 +132,29 @@ def test_a_file_belongs_to_a_member_by_its_contents(tmp_path, monkeypatch):
         file.write_bytes(content)
         attack = component("attacks:ATTACKS", "universal", file=str(file))
         monkeypatch.setattr("evaluation.suites.count_passes", lambda *given: (1, 0, 1))
-        (one,) = extra_members([attack], "single", 1, (6, 8))
+        (one,) = extra_members([attack], "single", 1, (6, 8), 4)
         about.append(one.about)
     assert about[0] != about[1]
+
+
+def test_passes_are_of_so_many_classes():
+    def of(name, num_classes, **args):
+        return count_passes(component("attacks:ATTACKS", name, **args), "single", 1, num_classes=num_classes)[
+            :2
+        ]
+
+    assert of("hide", 55, class_id=45, steps=3) == (4, 3)
+    with pytest.raises(UserError, match="class_id 38 .* 0..37"):
+        of("hide", 38, class_id=38)
+    goals = {classes: of("apgd_targeted", classes, targets=99, steps=2)[1] for classes in (4, 11, 55, 150)}
+    assert goals == {classes: 2 * min(99, classes - 1) for classes in goals}
+
+
+def test_what_is_for_classifiers_alone_is_refused_for_label_maps():
+    given = [component("attacks:ATTACKS", name) for name in ("pgd", "autoattack")]
+    refuse_for_label_maps(given[:1])
+    with pytest.raises(UserError, match="autoattack is for classifiers; label maps have"):
+        refuse_for_label_maps(given)
 
 
 def test_none_is_empty_and_others_are_unknown():
@@ -157,4 +178,4 @@ def test_the_command_prints_members_steps_and_sums(capsys):
 def test_stand_ins_are_of_the_kinds_that_they_stand_for():
     from evaluation.stand_ins import STAND_INS
 
-    assert {kind: kind_of(build(2)) for kind, build in STAND_INS.items()} == {kind: kind for kind in KINDS}
+    assert {kind: kind_of(build(2, 4)) for kind, build in STAND_INS.items()} == {kind: kind for kind in KINDS}

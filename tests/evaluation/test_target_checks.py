@@ -12,7 +12,7 @@ from engine.config import UserError, component
 from evaluation import target_checks as checks
 from evaluation.findings import INDICATORS
 from evaluation.plan import Scene, Setup
-from evaluation.stand_ins import SIZE as ROWS
+from evaluation.stand_ins import CLASSES as MANY
 from evaluation.stand_ins import STAND_INS
 from evaluation.suites import Member, members
 from evaluation.targets import Target, target_of
@@ -249,14 +249,15 @@ def test_an_attack_that_moves_at_eps_0_is_named(monkeypatch):
 @pytest.mark.parametrize(("kind", "experts"), [("single", 1), ("ensemble", 2), ("soft", 2), ("hard", 5)])
 @pytest.mark.parametrize("suite", ["standard", "sea"])
 def test_shortened_attacks_still_have_a_step_for_each_run(suite, kind, experts):
-    labels = (torch.arange(ROWS[0]))[None, :, None].expand(1, *ROWS)
+    rows = (MANY, 2)  # a row of pixels for each class
+    labels = torch.arange(MANY)[None, :, None].expand(1, *rows)
     images, threat = (
-        torch.full((1, 3, *ROWS), 0.5),
-        Threat(0.0, seeds=(0,), class_weights=torch.ones(ROWS[0])),
+        torch.full((1, 3, *rows), 0.5),
+        Threat(0.0, seeds=(0,), class_weights=torch.ones(MANY)),
     )
     for member in members(suite, kind, experts):
         attack = checks.shortened(member.attack, experts)
-        found = attack.build(STAND_INS[kind](experts), images, labels, threat)
+        found = attack.build(STAND_INS[kind](experts, MANY), images, labels, threat)
         assert torch.equal(found.images, images)
         assert found.forwards <= 10 + 8 * experts
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pandas
 
+from evaluation.gate_table import regret
 from reports.findings import chosen_gate, findings, main_subset
 
 COLUMNS = ["highway", "urban", "all", "fog"]
@@ -45,7 +46,7 @@ def test_a_control_that_is_not_defined_is_no_rival(results_of):
 def test_a_gate_above_everything_and_one_below(results_of):
     gains = [headlines(results_of(gate=share))[2] for share in (0.95, 0.85, 0.4)]
     assert gains[0].startswith(
-        f"On all the MoE moe_classwise reaches {iou(0.95):.2f} mIoU, above the best row"
+        f"On all the MoE moe_classwise reaches {iou(0.95):.2f} mIoU over the 2 classes with ground truth, above"
     )
     assert gains[1].endswith("above the best of 2 of 3 other kinds of rows.")
     assert gains[2].endswith("above the best of 0 of 3 other kinds of rows.")
@@ -54,6 +55,25 @@ def test_a_gate_above_everything_and_one_below(results_of):
     assert "chosen on the validation split" in detail
     level = findings(results_of(gate=0.9), COLUMNS)[2].detail
     assert "level with the best control (true subset)" in level
+
+
+def test_a_class_that_is_only_answered_changes_no_comparison(results_of):
+    """One stray pixel of a third class, by the gate alone: its clean mIoU is over three classes then, the comparison
+    with other rows over the two that have ground truth."""
+    results = results_of(gate=0.95)
+    wider = np.zeros((*results.matrices.shape[:2], 3, 3), results.matrices.dtype)
+    wider[:, :, :2, :2] = results.matrices
+    place = results.by_name["moe_classwise"]
+    wider[place, 0, 0, 0] -= 1
+    wider[place, 0, 0, 2] += 1
+    protocol = replace(results.protocol, classes=("road", "sky", "ghost"))
+    strayed = replace(results, matrices=wider, protocol=protocol)
+    assert strayed.miou("moe_classwise", "all") < 0.7 * results.miou("moe_classwise", "all")
+    assert strayed.miou_gt_only("moe_classwise", "all") > 0.99 * results.miou("moe_classwise", "all")
+    assert headlines(strayed)[2].endswith(
+        "over the 2 classes with ground truth, above the best row of every other kind."
+    )
+    assert regret(strayed, "moe_classwise", "all")["miou"] < 0.01
 
 
 def test_regret_is_the_distance_to_the_best_gate_of_the_same_kind(results_of):
