@@ -370,12 +370,23 @@ class Evaluate(Section):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        eps = data.get("eps", cls.model_fields["eps"].default)
-        if data.get("adversarials") != "uint8" or not isinstance(eps, list):
-            return boundless(data)
-        numbers = [number for number in map(number_or_none, eps) if number]
-        still = [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
-        return boundless(data) + still
+        eps, mistakes = data.get("eps", cls.model_fields["eps"].default), boundless(data)
+        if data.get("adversarials") == "uint8" and isinstance(eps, list):
+            numbers = [number for number in map(number_or_none, eps) if number]
+            mistakes += [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
+        if data.get("suite", "none") == "none" and not attacking(data.get("attacks")):
+            mistakes += [
+                Mistake((key,), "needs attacks beside it: evaluate.suite, or evaluate.attacks")
+                for key in ("transfer", "detectors")
+                if data.get(key)
+            ]
+        return mistakes
+
+
+def attacking(attacks: Any) -> bool:
+    """Whether evaluate.attacks, as written, holds anything but clean images."""
+    names = [one.get("name") if isinstance(one, dict) else one for one in attacks or ()]
+    return any(name != "clean" for name in names)
 
 
 def motionless(eps: float) -> str:
