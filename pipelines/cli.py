@@ -33,6 +33,18 @@ COMMANDS = {
 SCRIPTS = {  # those of no family
     "pipeline": "run_pipeline.py", "train_cnn_moe": "train_cnn_moe.py", "evaluate_cnn_moe": "evaluate_cnn_moe.py",
 }  # fmt: skip
+# What becomes of a folder that is there already, by the first word of the command.
+FOLDER_FLAGS = {
+    "train": {
+        "resume": "go on where the run folder's last.pt stands",
+        "overwrite": "empty the run folder first",
+    },
+    "evaluate": {
+        "resume": "go on with an evaluation that was stopped; it does so without this flag, too",
+        "overwrite": "evaluate again, also by another config: tables are written anew, passes under corruptions made "
+        "anew, and of the ledger of attacks those records are used that fit",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -147,9 +159,8 @@ def _parser(doc: str, command: str) -> argparse.ArgumentParser:
         parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
         parser.add_argument("--force", metavar="STAGE", help="run this stage even if it is done")
     else:
+        told = FOLDER_FLAGS[command.split("_")[0]]
         folder = parser.add_mutually_exclusive_group()
-        folder.add_argument(
-            "--resume", action="store_true", help="go on where the run folder's last.pt stands"
-        )
-        folder.add_argument("--overwrite", action="store_true", help="empty the run folder first")
+        for flag, what in told.items():
+            folder.add_argument(f"--{flag}", action="store_true", help=what)
     return parser
