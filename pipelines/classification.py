@@ -180,7 +180,7 @@ def clusters_of(config: Classification, images: ImageSet) -> Tensor | None:
         rows = np.arange(start, min(start + 1024, len(split)))
         part = torch.from_numpy(np.ascontiguousarray(split.images[rows])).float() / 255
         thumbnails.append(nn.functional.adaptive_avg_pool2d(part, 8).flatten(1))
-    means = KMeans(config.network.args["num_experts"], random_state=0, n_init=4)
+    means = KMeans(config.network.args["num_experts"], random_state=config.train.seed, n_init=4)
     found = means.fit_predict(torch.cat(thumbnails).numpy())
     return torch.from_numpy(found.astype(np.int64))
 
