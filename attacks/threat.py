@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -75,17 +75,18 @@ def projection(images: Tensor, threat: Threat) -> Callable[[Tensor], Tensor]:
 
 def random_point(images: Tensor, threat: Threat, *draw) -> Tensor:
     """A point of the ball around each image, uniformly, then clamped to the box."""
-    generators = threat.generators(len(images), *draw)
-    if threat.norm == "linf":
-        change = torch.stack(
-            [torch.rand(images.shape[1:], generator=one).mul_(2).sub_(1) for one in generators]
-        )
-    else:
-        noise = torch.stack([torch.randn(images.shape[1:], generator=one) for one in generators])
-        share = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
-        radius = share ** (1 / images[0].numel())
-        change = noise * (each(radius, noise) / lengths(noise)).float()
+    change = random_change(images.shape[1:], threat.norm, threat.generators(len(images), *draw))
     return project(images + threat.eps * change.to(images), images, threat)
+
+
+def random_change(shape: Sequence[int], norm: str, generators: Sequence[torch.Generator]) -> Tensor:
+    """A point of the ball of radius 1 around zero by each generator, uniformly, [B, *shape]."""
+    if norm == "linf":
+        return torch.stack([torch.rand(shape, generator=one).mul_(2).sub_(1) for one in generators])
+    noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
+    share = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
+    radius = share ** (1 / noise[0].numel())
+    return noise * (each(radius, noise) / lengths(noise)).float()
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
