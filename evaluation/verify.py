@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.command import run
 from engine.config import Evaluation, UserError, load
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
@@ -313,7 +314,7 @@ def read(path: Path) -> bytes | None:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("submission", metavar="SUBMISSION", help="folder of an evaluation under attack")
     parser.add_argument(
@@ -321,20 +322,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda; that of the ledger is exact")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        from pipelines.robustness import submitted
+    from pipelines.robustness import submitted
 
-        config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
-        if not isinstance(config, Evaluation):
-            raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
-        device = torch.device(arguments.device)
-        verdict = verify(arguments.submission, *submitted(config, device), device)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
+    if not isinstance(config, Evaluation):
+        raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
+    device = torch.device(arguments.device)
+    verdict = verify(arguments.submission, *submitted(config, device), device)
     print("\n".join(verdict.lines()))
     return 2 if verdict.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

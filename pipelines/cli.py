@@ -3,16 +3,15 @@
 import argparse
 import importlib
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+from engine.command import run
 from engine.config import (
     Classification,
     ClassifierEvaluation,
     Config,
     Evaluation,
-    Interrupted,
     Pipeline,
     Run,
     UserError,
@@ -62,12 +61,10 @@ class Options:
 
 
 def main(doc: str, command: str, family: str | None = None, argv: list[str] | None = None) -> int:
-    """Runs a command of COMMANDS; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted.
+    """Runs a command of COMMANDS; returns the exit code, see engine.command.run."""
 
-    Any other exception is a bug and passes through, so that Python prints its traceback and exits with 1.
-    """
-    arguments = _parser(doc, command).parse_intermixed_args(argv)
-    try:
+    def start(argv: Sequence[str]) -> int:
+        arguments = _parser(doc, command).parse_intermixed_args(argv)
         config = load(arguments.config, arguments.overrides)
         check(config, command, family, arguments.config)
         if arguments.print_config:
@@ -78,12 +75,8 @@ def main(doc: str, command: str, family: str | None = None, argv: list[str] | No
         }
         function_of(command)(config, Options(**given))
         return 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return 130
+
+    return run(start, argv)
 
 
 def function_of(command: str) -> Callable:

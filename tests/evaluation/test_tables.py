@@ -2,10 +2,12 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from engine.command import run
 from engine.config import UserError
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
 from evaluation.seeds import main, summary
@@ -188,5 +190,5 @@ def test_seeds_tell_what_is_wrong(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             summary([tmp_path / folder for folder in folders])
-    assert main([str(tmp_path / "nowhere")]) == 2
+    assert run(main, [str(tmp_path / "nowhere")]) == 2
     assert "no matrix.csv" in capsys.readouterr().err
