@@ -110,7 +110,8 @@ def test_rows_are_grouped_by_kind_and_costs_stand_beside_them():
 
 
 def test_files_hold_fractions_in_csv_and_percent_elsewhere(tmp_path):
-    write_tables(tmp_path, results(), {"moe": Cost(5_000_000, note="a & b")}, SUBSETS, {"moe": 0.25})
+    found = replace(results(), dead={"moe": np.full(4, 0.25)})
+    write_tables(tmp_path, found, {"moe": Cost(5_000_000, note="a & b")}, SUBSETS)
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == RESULT_COLUMNS
