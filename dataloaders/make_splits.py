@@ -60,7 +60,6 @@ def assign(entries: Iterable[Entry]) -> tuple[Lists, Counter]:
         split = splits.get(entry.scene)
         number = int(entry.number)
         stretches = roads.get(entry.scene, ())
-        stretches = roads.get(entry.scene, ())
         road = next((road for first, last, road in stretches if first <= number <= last), None)
         if split is None:
             left_out[f"{entry.scene} is no known scene of A2D2"] += 1
