@@ -13,7 +13,16 @@ from torch import Tensor
 
 from attacks.pixel_losses import PixelLoss, image_loss
 from attacks.search import Found, Search, scores
-from attacks.threat import Threat, lengths, project, random_change, refuse_bad_images, seed_of, steepest
+from attacks.threat import (
+    Threat,
+    count_labelled,
+    lengths,
+    project,
+    random_change,
+    refuse_bad_images,
+    seed_of,
+    steepest,
+)
 from engine.config import UserError
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] in [0, 1], labels [B, *S]
@@ -206,9 +215,7 @@ def share_right(
     for images, labels in batches:
         points = project(images + spread(delta, images.shape[2:]), images, threat)
         right += int(scores(model(points), labels.long(), threat.ignore_index)[0].sum())
-        counted += (
-            int((labels != threat.ignore_index).sum()) if threat.ignore_index is not None else labels.numel()
-        )
+        counted += count_labelled(labels, threat.ignore_index)
     if not counted:
         raise UserError(
             "universal: val has no labelled pixel; give batches that can be gone through many times"

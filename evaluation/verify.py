@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.threat import sizes
 from engine.command import run
 from engine.config import Evaluation, UserError, load
 from evaluation.adversarials import load_adversarials
@@ -234,7 +235,7 @@ def compare(
             verdict.problems.append(f"{where}, {incumbent}: {told}")
             continue
         kept = kept.to(bench.images)
-        inside = sizes(kept - bench.images, bench.setup.norm) <= unit.eps + ROUNDING
+        inside = sizes(kept, bench.images)[bench.setup.norm == "l2"] <= unit.eps + ROUNDING
         inside &= ((kept >= 0) & (kept <= 1)).flatten(1).all(dim=1)
         scored = bench.score(kept)
         own = [record for record in records if record["incumbent"] == incumbent]
@@ -290,12 +291,6 @@ def is_best(route: object, weights: list) -> bool:
     chosen = np.arange(weights.shape[1])[:, None] == np.array(route)[:, None]
     near = weights >= weights.max(axis=1, keepdims=True) - ARITHMETIC
     return bool((chosen & near).any(axis=1).all())
-
-
-def sizes(change: Tensor, norm: str) -> Tensor:
-    """Of changes [B, 3, H, W], [B]."""
-    flat = change.double().flatten(1)
-    return flat.abs().amax(dim=1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
 
 
 def pixels_off(recorded: list[list[int]], found: list[list[int]]) -> int:
