@@ -137,7 +137,6 @@ def climb(
     start: Tensor,
     steps: int,
     draws: int = 1,
-    threat: Threat | None = None,
     *,
     rho: float = 0.75,
     momentum: float = 0.75,
@@ -146,7 +145,7 @@ def climb(
     shares with `pgd.climb` see there. Steps begin with 2 eps; at each of the `checkpoints` an image where the
     tracked loss rose in no more than a share rho of the steps since the last, or whose step was kept there and whose
     best loss hasn't risen since, goes back to the point of its best loss with half the step."""
-    threat = threat or search.threat
+    threat = search.threat
     points = previous = peak = start
     inside = projection(search.images, threat)
     size = torch.full((len(start),), 2 * threat.eps, device=start.device)

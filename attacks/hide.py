@@ -10,8 +10,8 @@ from torch import Tensor
 
 from attacks.pgd import climb
 from attacks.search import Found, Search, Trial, scores
-from attacks.threat import Threat, random_point
-from engine.config import NonNegativeInt, Positive, PositiveInt, Probability, UserError
+from attacks.threat import Threat, is_ignored, random_point
+from engine.config import IGNORE, NonNegativeInt, Positive, PositiveInt, Probability, UserError
 
 VERSION = 2  # raised when it finds other images
 
@@ -116,7 +116,7 @@ class Aim:
 
 
 def aim_at(
-    class_id: int, logits: Tensor, labels: Tensor, goal: str = "prediction", ignore_index: int | None = 255
+    class_id: int, logits: Tensor, labels: Tensor, goal: str = "prediction", ignore_index: int | None = IGNORE
 ) -> Aim:
     """The aim of hiding a class in what the network says of the clean images (logits [B, K, H, W]), or in the
     labels [B, H, W]. UserError for a class that isn't there, and for labels of whole images."""
@@ -124,7 +124,7 @@ def aim_at(
         raise UserError(f"hide: needs a label per pixel [B, H, W], found {list(labels.shape)}")
     if class_id >= logits.shape[1]:
         raise UserError(f"hide: class_id {class_id} is no class; allowed: 0..{logits.shape[1] - 1}")
-    counted = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    counted = ~is_ignored(labels, ignore_index)
     before = logits.argmax(dim=1) if goal == "prediction" else labels.long().masked_fill(~counted, 0)
     hidden = counted & (before == class_id)
     second = logits.index_fill(1, torch.tensor([class_id], device=logits.device), -torch.inf).argmax(dim=1)

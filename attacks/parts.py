@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks import apgd, pgd
 from attacks.pixel_losses import ce, image_loss
 from attacks.search import Found, Objective, Search, Trial
-from attacks.threat import Threat, random_point
+from attacks.threat import Threat, is_ignored, random_point
 from engine.config import UserError
 
 TaskLoss = Literal["ce", "masked_ce", "jensen_shannon"]
@@ -71,9 +71,7 @@ def split(steps: int, runs: int, name: str) -> list[int]:
 def wrong_classes(expert_logits: Tensor, labels: Tensor, threat: Threat, count: int) -> list[Tensor]:
     """The likeliest wrong class of each pixel by the mean log-probability of experts [B, E, K, *S], then the second
     likeliest, and so on: [B, *S] each, `count` or all there are. Ignored pixels keep the ignore index."""
-    ignored = torch.zeros_like(labels, dtype=torch.bool)
-    if threat.ignore_index is not None:
-        ignored = labels == threat.ignore_index
+    ignored = is_ignored(labels, threat.ignore_index)
     mean = expert_logits.log_softmax(dim=2).mean(dim=1)
     mean = mean.scatter(1, labels.masked_fill(ignored, 0).unsqueeze(1), -math.inf)
     ranked = mean.topk(min(count, mean.shape[1] - 1), dim=1).indices

@@ -111,11 +111,10 @@ def climb(
     steps: int,
     step_size: float | None = None,
     draws: int = 1,
-    threat: Threat | None = None,
 ) -> Tensor:
     """`steps` steps uphill from `start`, the last point looked at as well, which is returned. Images that have no
-    correct pixel left stay where they are. threat: another ball than the search's, for a while."""
-    threat = threat or search.threat
+    correct pixel left stay where they are."""
+    threat = search.threat
     size = 2.5 * threat.eps / steps if step_size is None else step_size
     points, inside = start, projection(search.images, threat)
     for step in range(steps):

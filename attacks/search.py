@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from attacks.threat import Threat, check_inside, each, is_inside, refuse_bad_images
+from attacks.threat import Threat, check_inside, each, is_ignored, is_inside, refuse_bad_images
 from engine.config import UserError
 
 # (points [B, ...] that take a gradient, progress of the attack in [0, 1)) -> Trial
@@ -201,7 +201,7 @@ def scores(logits: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Te
     for an attacker. An image without a labelled pixel has 0 and 0."""
     count, classes = logits.shape[:2]
     right = logits.max(dim=1).indices == labels  # argmax, some times faster
-    ignored = torch.zeros_like(right) if ignore_index is None else labels == ignore_index
+    ignored = is_ignored(labels, ignore_index)
     if labels.ndim == 1:
         right = right & ~ignored
         return right.long(), right.double()

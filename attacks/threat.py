@@ -2,14 +2,14 @@
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from engine.config import UserError
+from engine.config import IGNORE, UserError
 
 TOLERANCE = 1e-6  # of a budget: float32 rounds images + perturbation
 
@@ -26,7 +26,7 @@ class Threat:
 
     eps: float
     norm: Literal["linf", "l2"] = "linf"
-    ignore_index: int | None = 255
+    ignore_index: int | None = IGNORE
     seeds: tuple[int, ...] = ()
     class_weights: Tensor | None = field(default=None, compare=False)
 
@@ -75,17 +75,18 @@ def projection(images: Tensor, threat: Threat) -> Callable[[Tensor], Tensor]:
 
 def random_point(images: Tensor, threat: Threat, *draw) -> Tensor:
     """A point of the ball around each image, uniformly, then clamped to the box."""
-    generators = threat.generators(len(images), *draw)
-    if threat.norm == "linf":
-        change = torch.stack(
-            [torch.rand(images.shape[1:], generator=one).mul_(2).sub_(1) for one in generators]
-        )
-    else:
-        noise = torch.stack([torch.randn(images.shape[1:], generator=one) for one in generators])
-        share = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
-        radius = share ** (1 / images[0].numel())
-        change = noise * (each(radius, noise) / lengths(noise)).float()
+    change = random_change(images.shape[1:], threat.norm, threat.generators(len(images), *draw))
     return project(images + threat.eps * change.to(images), images, threat)
+
+
+def random_change(shape: Sequence[int], norm: str, generators: Sequence[torch.Generator]) -> Tensor:
+    """A point of the ball of radius 1 around zero by each generator, uniformly, [B, *shape]."""
+    if norm == "linf":
+        return torch.stack([torch.rand(shape, generator=one).mul_(2).sub_(1) for one in generators])
+    noise = torch.stack([torch.randn(shape, generator=one) for one in generators])
+    share = torch.stack([torch.rand((), generator=one, dtype=torch.float64) for one in generators])
+    radius = share ** (1 / noise[0].numel())
+    return noise * (each(radius, noise) / lengths(noise)).float()
 
 
 def steepest(gradient: Tensor, norm: str) -> Tensor:
@@ -113,30 +114,40 @@ def each(values: Tensor, images: Tensor) -> Tensor:
 
 def sizes(points: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """(linf, l2) sizes of the changes of each image, float64 [B] each: the norms actually used."""
-    return tuple(_size(points, images, norm) for norm in ("linf", "l2"))
+    change = (points.double() - images.double()).flatten(1)
+    return change.abs().amax(dim=1), torch.linalg.vector_norm(change, dim=1)
 
 
 def is_inside(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
     """Which of the B points lie in ball and box, up to float32's rounding; bool [B]. NaN doesn't."""
     bound = threat.eps + TOLERANCE * (1 if threat.norm == "linf" else max(1.0, threat.eps))
     flat = points.flatten(1)
-    return (_size(points, images, threat.norm) <= bound) & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
+    return (_used(points, images, threat) <= bound) & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
 
 
-def _size(points: Tensor, images: Tensor, norm: str) -> Tensor:
-    change = points - images
-    if norm == "linf":
-        return change.abs_().flatten(1).amax(dim=1).double()
-    return lengths(change).flatten().double()
+def _used(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
+    return sizes(points, images)[threat.norm == "l2"]
 
 
 def check_inside(points: Tensor, images: Tensor, threat: Threat) -> None:
     """AssertionError where a point has left ball or box, or isn't finite: a bug of the attack that made it."""
     if not is_inside(points, images, threat).all():
-        used = _size(points, images, threat.norm).max().item()
+        used = _used(points, images, threat).max().item()
         raise AssertionError(
             f"an adversarial image is {used} from its image ({threat.norm}), eps {threat.eps}"
         )
+
+
+def is_ignored(labels: Tensor, ignore_index: int | None) -> Tensor:
+    """Where a label counts nowhere; bool of their shape."""
+    if ignore_index is None:
+        return torch.zeros_like(labels, dtype=torch.bool)
+    return labels == ignore_index
+
+
+def count_labelled(labels: Tensor, ignore_index: int | None) -> int:
+    """How many of the labels count."""
+    return int((~is_ignored(labels, ignore_index)).sum())
 
 
 def refuse_bad_images(images: Tensor) -> None:

@@ -13,7 +13,16 @@ from torch import Tensor
 
 from attacks.pixel_losses import PixelLoss, image_loss
 from attacks.search import Found, Search, scores
-from attacks.threat import Threat, lengths, project, refuse_bad_images, seed_of, steepest
+from attacks.threat import (
+    Threat,
+    count_labelled,
+    lengths,
+    project,
+    random_change,
+    refuse_bad_images,
+    seed_of,
+    steepest,
+)
 from engine.config import UserError
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W] in [0, 1], labels [B, *S]
@@ -121,7 +130,8 @@ def train_universal(
 
     train_batches: epoch -> its batches (see `shuffled`). val_batches: gone through after every epoch.
     inner_steps: steps on a batch before the next. step_size: in pixels' units, None: eps / 10. tile: (height,
-    width) of a small delta that is repeated. random_start: begin at a random point of the ball, not at zero.
+    width) of a small delta that is repeated. random_start: begin at a random point of the ball, not at zero; a
+    tile at one of its own ball, shortened as its repeats need it.
     source, data: what identifies network and frames, kept in the metadata. on_epoch: told the share of val's pixels
     that is right; epoch 0 is val without perturbation.
     """
@@ -131,7 +141,7 @@ def train_universal(
     delta = torch.zeros(first.shape[1], *(tile or size))
     if random_start:
         die = torch.Generator().manual_seed(seed_of(seed, "universal start"))
-        delta.uniform_(-threat.eps, threat.eps, generator=die)
+        delta = threat.eps * random_change(delta.shape, threat.norm, [die])[0]
     delta = _shortened(delta.to(first.device), size, threat)
     kept, chosen = torch.zeros_like(delta), 0
     accuracy = [share_right(model, val_batches, kept, threat)]
@@ -205,9 +215,7 @@ def share_right(
     for images, labels in batches:
         points = project(images + spread(delta, images.shape[2:]), images, threat)
         right += int(scores(model(points), labels.long(), threat.ignore_index)[0].sum())
-        counted += (
-            int((labels != threat.ignore_index).sum()) if threat.ignore_index is not None else labels.numel()
-        )
+        counted += count_labelled(labels, threat.ignore_index)
     if not counted:
         raise UserError(
             "universal: val has no labelled pixel; give batches that can be gone through many times"

@@ -3,6 +3,7 @@ it."""
 
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders.check_images import check_images
-from dataloaders.command import run, table
+from dataloaders.command import table
 from dataloaders.frames import SPLITS, Frame, FrameIndex
+from engine.command import run
 from engine.config import Data, ImageData, Pipeline, UserError, load
 
 SHOWN = 20  # files that are named for one problem, problems that are printed of many alike
@@ -190,4 +192,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

@@ -1,21 +1,6 @@
 """What the commands of this folder (python -m dataloaders.NAME) have in common."""
 
-import sys
-from collections.abc import Callable, Iterable, Sequence
-
-from engine.config import UserError
-
-
-def run(command: Callable[[Sequence[str]], int]) -> None:
-    """Runs a command on sys.argv and leaves with its exit code: 2 with one message for the user's mistake."""
-    try:
-        code = command(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+from collections.abc import Iterable, Sequence
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from engine.config import UserError
+from engine.config import IGNORE, UserError
 
 SPLITS = ("train", "gate", "val", "test")
-IGNORE = 255
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dataloaders.image_files import Labelled, by_class, decoded, source_of
 from dataloaders.image_lmdb import Packed, pack
 from dataloaders.image_set import ImageSet, with_val
+from engine.command import run
 from engine.config import PositiveInt, UserError
 
 KAGGLE = Path("ILSVRC") / "Data" / "CLS-LOC"
@@ -80,7 +81,7 @@ def solved(path: Path, classes: Sequence[str]) -> list[Labelled]:
     return sorted(found, key=lambda one: one.name)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str]) -> int:
     """Packs train and val of ROOT into OUT/train.lmdb and OUT/val.lmdb."""
     parser = argparse.ArgumentParser(description="packs the files of ImageNet into two LMDBs, as they are")
     parser.add_argument(
@@ -88,15 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", metavar="OUT", type=Path, help="folder of train.lmdb and val.lmdb")
     given = parser.parse_args(arguments)
-    try:
-        sources, files, classes = find(given.root)
-        for split, name in (("train", "train.lmdb"), ("test", "val.lmdb")):
-            pack(sources[split], files[split], classes, given.out / name)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    sources, files, classes = find(given.root)
+    for split, name in (("train", "train.lmdb"), ("test", "val.lmdb")):
+        pack(sources[split], files[split], classes, given.out / name)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -4,6 +4,7 @@ Lists that name camera images, repeat frames or train on test frames are refused
 
 import argparse
 import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,8 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from dataloaders.a2d2_lists import Entry, find_lists, read_list, write_lists
-from dataloaders.command import run, table
+from dataloaders.command import table
 from dataloaders.frames import SPLITS
+from engine.command import run
 from engine.config import UserError
 
 MAIN = ("highway", "urban", "ambiguous", "all")  # what the experiments use; other lists must fit to these
@@ -164,4 +166,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

@@ -4,13 +4,15 @@ Scenes, their splits and the road types of their frames come from a2d2_split/ be
 
 import argparse
 import csv
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dataloaders.a2d2_lists import Entry, parse, write_lists
-from dataloaders.command import run, table
+from dataloaders.command import table
 from dataloaders.frames import SPLITS
+from engine.command import run
 from engine.config import UserError
 
 TABLES = Path(__file__).parent / "a2d2_split"
@@ -57,7 +59,6 @@ def assign(entries: Iterable[Entry]) -> tuple[Lists, Counter]:
     for entry in entries:
         split = splits.get(entry.scene)
         number = int(entry.number)
-        stretches = roads.get(entry.scene, ())
         stretches = roads.get(entry.scene, ())
         road = next((road for first, last, road in stretches if first <= number <= last), None)
         if split is None:
@@ -121,4 +122,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

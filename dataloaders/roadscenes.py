@@ -25,11 +25,11 @@ from dataloaders.a2d2 import a2d2
 from dataloaders.a2d2_classes import CATEGORIES, list_entries, rgb
 from dataloaders.a2d2_lists import Entry
 from dataloaders.cache_parts import say
-from dataloaders.command import run
 from dataloaders.frames import SPLITS, FrameIndex
 from dataloaders.scene_furniture import FRAMES_PER_SCENE
 from dataloaders.scene_layouts import SUBSETS, paint_frame
 from dataloaders.scene_painter import CLASS_BITS
+from engine.command import run
 from engine.config import NonNegativeInt, PositiveInt, Size, UserError
 from engine.disk import progress
 
@@ -250,4 +250,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run(main))

@@ -123,11 +123,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], origin: object) -> None:
     """Writes source into target's tensors. Raises UserError naming the origin if names or shapes differ."""
-    different = sorted(
-        name
-        for name in target.keys() | source.keys()
-        if name not in target or name not in source or target[name].shape != source[name].shape
-    )
+    different = sorted(differing(target, source))
     if different:
         raise UserError(
             f"{origin}: of another network: {len(different)} tensors don't fit, the first is {different[0]}"
@@ -135,6 +131,15 @@ def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], ori
     with torch.no_grad():
         for name, tensor in target.items():
             tensor.copy_(source[name])
+
+
+def differing(target: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one of them has, or that have another shape in the other; those of target first."""
+    return [
+        name
+        for name in {**target, **source}
+        if name not in target or name not in source or target[name].shape != source[name].shape
+    ]
 
 
 def _plain(value: Any) -> Any:

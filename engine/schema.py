@@ -468,37 +468,44 @@ class Run(Config):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        if data.get("cache", "none") != "none" and (not data.get("experts") or "ensemble" in data):
-            return [
-                Mistake(("cache",), "needs experts and a gate to train: it keeps what frozen experts say")
-            ]
-        train = data.get("train") if isinstance(data.get("train"), dict) else {}
-        if data.get("cache", "none") != "none" and train.get("adversarial") not in (None, "none"):
-            return [
-                Mistake(
-                    ("cache",), "stands beside train.adversarial: what experts say changes with the attack"
-                )
-            ]
-        if "shared_encoder" in data:
-            return _mistakes_around_shared_encoder(data)
-        joins = [key for key in ("gate", "gates", "ensemble") if data.get(key)]
-        experts = data.get("experts")
-        if len(joins) > 1:
-            return [Mistake((joins[1],), f"stands beside {joins[0]}; a run has one of gate, gates, ensemble")]
-        if joins and not experts:
-            return [Mistake((joins[0],), "needs experts: {name: run folder, ...}, the networks to join")]
-        if experts and not joins:
-            return [Mistake(("experts",), "need gate (to be trained) or ensemble (fixed) to join them")]
-        if not joins and "network" not in data:
-            return [Mistake((), "a run needs network, or experts and gate, or experts and ensemble")]
-        several = data.get("gates") if isinstance(data.get("gates"), dict) else {}
-        gates = [gate for gate in (data.get("gate"), *several.values()) if isinstance(gate, dict)]
-        enough = 1 if gates and all(gate.get("type") == "uniform" for gate in gates) else 2
-        if joins and isinstance(experts, dict) and len(experts) < enough:
-            return [
-                Mistake(("experts",), f"{joins[0]} needs at least {enough} of them, found {len(experts)}")
-            ]
+        around = _mistakes_around_shared_encoder if "shared_encoder" in data else _mistakes_of_joining
+        return _mistakes_around_cache(data) + around(data)
+
+
+def _mistakes_around_cache(data: dict) -> list[Mistake]:
+    """It keeps what frozen experts say, which has to stay the same."""
+    if data.get("cache", "none") == "none":
         return []
+    mistakes, train = [], data.get("train") if isinstance(data.get("train"), dict) else {}
+    if not data.get("experts") or "ensemble" in data:
+        told = "needs experts and a gate to train: it keeps what frozen experts say"
+        mistakes.append(Mistake(("cache",), told))
+    if train.get("adversarial") not in (None, "none"):
+        told = "stands beside train.adversarial: what experts say changes with the attack"
+        mistakes.append(Mistake(("cache",), told))
+    return mistakes
+
+
+def _mistakes_of_joining(data: dict) -> list[Mistake]:
+    """A run is a network, or one thing that joins enough experts."""
+    mistakes, experts = [], data.get("experts")
+    joins = [key for key in ("gate", "gates", "ensemble") if data.get(key)]
+    if len(joins) > 1:
+        told = f"stands beside {joins[0]}; a run has one of gate, gates, ensemble"
+        mistakes.append(Mistake((joins[1],), told))
+    if joins and not experts:
+        mistakes.append(Mistake((joins[0],), "needs experts: {name: run folder, ...}, the networks to join"))
+    if experts and not joins:
+        mistakes.append(Mistake(("experts",), "need gate (to be trained) or ensemble (fixed) to join them"))
+    if not (joins or experts or "network" in data):
+        mistakes.append(Mistake((), "a run needs network, or experts and gate, or experts and ensemble"))
+    several = data.get("gates") if isinstance(data.get("gates"), dict) else {}
+    gates = [gate for gate in (data.get("gate"), *several.values()) if isinstance(gate, dict)]
+    enough = 1 if gates and all(gate.get("type") == "uniform" for gate in gates) else 2
+    if joins and experts and isinstance(experts, dict) and len(experts) < enough:
+        told = f"{joins[0]} needs at least {enough} of them, found {len(experts)}"
+        mistakes.append(Mistake(("experts",), told))
+    return mistakes
 
 
 def _mistakes_around_shared_encoder(data: dict) -> list[Mistake]:

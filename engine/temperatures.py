@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from engine.config import UserError
+from engine.config import IGNORE, UserError
 
+PIXELS, SEED = 500, 0  # at most so many pixels of an image are sampled; seed of the sample
 COLDEST, HOTTEST = 1e-2, 1e2  # where labels are fitted best beyond, the limit is taken
 
 
@@ -46,19 +47,15 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 def fit_temperatures(
     batches: Iterable[tuple],
     grid: Callable[[tuple[int, int]], tuple[int, int]],
-    *,
-    pixels: int = 500,
-    seed: int = 0,
-    ignore_index: int = 255,
 ) -> list[float]:
     """A temperature for each expert, from the same seeded sample of labelled pixels, as many of each image.
 
     batches of (outputs, labels): outputs.logits [B, E, C, h, w], outputs.size (H, W), labels [B, H, W]; grid
-    gives the size that logits are upsampled to before they are cropped to outputs.size. pixels: at most so
-    many of an image. The sample depends on the seed and the order of images, not on the size of batches.
+    gives the size that logits are upsampled to before they are cropped to outputs.size. The sample depends on the
+    order of images, not on the size of batches.
 
     Raises UserError where no pixel has a label."""
-    samples = list(sample_pixels(batches, grid, pixels=pixels, seed=seed, ignore_index=ignore_index))
+    samples = list(sample_pixels(batches, grid, pixels=PIXELS, seed=SEED))
     logits, labels = (
         (torch.cat(parts, dim=-1) for parts in zip(*samples, strict=True)) if samples else ((), ())
     )
@@ -73,13 +70,12 @@ def sample_pixels(
     *,
     pixels: int,
     seed: int,
-    ignore_index: int = 255,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For each image: logits [E, C, n] of every expert and labels [n] at up to `pixels` labelled pixels."""
     generator = torch.Generator().manual_seed(seed)
     for outputs, labels in batches:
         for logits, truth in zip(outputs.logits, labels.long(), strict=True):
-            labelled = (truth != ignore_index).flatten().nonzero()[:, 0]
+            labelled = (truth != IGNORE).flatten().nonzero()[:, 0]
             chosen = torch.randperm(len(labelled), generator=generator)[:pixels]
             places = labelled[chosen.to(labelled.device)]
             rows, columns = places // truth.shape[1], places % truth.shape[1]

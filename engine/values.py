@@ -9,6 +9,8 @@ from pydantic import AfterValidator, BeforeValidator
 
 from engine.errors import Mistakes, wrong
 
+IGNORE = 255  # label of pixels that count nowhere
+
 _FRACTION = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*/\s*([0-9.]+)", re.IGNORECASE)
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(KB|MB|GB|TB)", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)*")

@@ -19,40 +19,30 @@ from torch import Tensor
 
 from attacks.routed import look_inside
 from attacks.search import scores
-from attacks.threat import Threat, project, random_point, steepest
+from attacks.threat import Threat, is_ignored, project, random_point, steepest
 from evaluation.findings import Finding
-from evaluation.formats import percent
 from evaluation.suites import Member
 from evaluation.targets import ROUTED, Target
 
 FAR = 0.9  # of the way to the witness: where the region of wrong answers begins
 SCALE = 10.0  # of the implanted logits: nine tenths of the way back an answer has a probability of 0.9999
+CANDIDATES = 12  # points that the witness is chosen from
+CONTROLS = 5  # random points that stand for chance
 CELLS = (1, 4, 16)  # sizes in pixels of the noise that witnesses are made of
 FOUND = 0.95  # share of the implanted weaknesses that attacks have to find
 
 
 def active_test(
-    target: Target,
-    images: Tensor,
-    labels: Tensor,
-    threat: Threat,
-    members: Sequence[Member],
-    *,
-    flat: float = 0.0,
-    candidates: int = 12,
-    controls: int = 5,
+    target: Target, images: Tensor, labels: Tensor, threat: Threat, members: Sequence[Member]
 ) -> list[Finding]:
     """Whether the members of a suite find weaknesses in the target's copies that certainly have some.
 
-    Passes: those of the members, `candidates`, and `controls` random points that tell how easily chance finds them.
-    flat: on this share of the way to the witness nothing rises, so that gradients help only near the region; a
-    stronger test, which no attack has to pass."""
-    implanted = implant(target, images, labels, threat, flat=flat, candidates=candidates)
+    Passes: those of the members, CANDIDATES, and CONTROLS random points that tell how easily chance finds them."""
+    implanted = implant(target, images, labels, threat)
     weak = implanted.weak
-    check = "active test" if not flat else f"active test, {percent(flat)} % flat"
 
     def finding(severity: str, text: str) -> list[Finding]:
-        return [Finding(check, target.name, threat.eps, "", severity, text)]
+        return [Finding("active test", target.name, threat.eps, "", severity, text)]
 
     total = int(weak.sum())
     if not total:
@@ -62,7 +52,7 @@ def active_test(
         found = member.attack.build(implanted.target.model, images, labels, threat)
         broken[member.column] |= found.correct == 0
     by_chance = torch.zeros_like(weak)
-    for place in range(controls):
+    for place in range(CONTROLS):
         by_chance |= (
             _right(implanted.target, random_point(images, threat, "control", place), labels, threat) == 0
         )
@@ -72,10 +62,10 @@ def active_test(
     )
     text = (
         f"attacks found {whole} of {total} implanted weaknesses, common ones {common}, "
-        f"{controls} random points {chance}"
+        f"{CONTROLS} random points {chance}"
     )
     if whole < FOUND * total:
-        return finding("note" if flat else "flag", f"{text}: the attacks are too weak here")
+        return finding("flag", f"{text}: the attacks are too weak here")
     return finding("ok", text)
 
 
@@ -89,34 +79,28 @@ class Implanted:
     weak: Tensor
 
 
-def implant(
-    target: Target, images: Tensor, labels: Tensor, threat: Threat, *, flat: float = 0.0, candidates: int = 12
-) -> Implanted:
+def implant(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> Implanted:
     """The target with an implanted weakness, for points around these images only. labels [B, *S]."""
     with torch.no_grad():
         num_classes = target.model(images[:1]).shape[1]
         outputs = OUTPUTS[target.kind](target.model)
         start = outputs(images)
-        witness = farthest(outputs, start, images, threat, candidates)
-        way = Way(outputs, images, start, outputs(witness) - start, flat)
-    ignored = torch.zeros_like(labels, dtype=torch.bool)
-    if threat.ignore_index is not None:
-        ignored = labels == threat.ignore_index
-    right = F.one_hot(labels.masked_fill(ignored, 0).long(), num_classes).movedim(-1, 1).to(images)
+        witness = farthest(outputs, start, images, threat)
+        way = Way(outputs, images, start, outputs(witness) - start)
+    known = labels.masked_fill(is_ignored(labels, threat.ignore_index), 0)
+    right = F.one_hot(known.long(), num_classes).movedim(-1, 1).to(images)
     model = COPIES[target.kind](target.model, way, SCALE * right, SCALE * right.roll(1, dims=1))
     experts = 2 if target.kind in ROUTED else target.num_experts
     copy = replace(target, model=model, num_experts=experts)
     return Implanted(copy, witness, _right(copy, witness, labels, threat) == 0)
 
 
-def farthest(
-    outputs: Callable[[Tensor], Tensor], start: Tensor, images: Tensor, threat: Threat, candidates: int
-) -> Tensor:
+def farthest(outputs: Callable[[Tensor], Tensor], start: Tensor, images: Tensor, threat: Threat) -> Tensor:
     """Of random points at the edge of the ball, coarse and fine noise in turn, that with the outputs farthest from
     `start`, for each image."""
     best, distance = images, torch.zeros(len(images), device=images.device)
     height, width = images.shape[-2:]
-    for place in range(candidates):
+    for place in range(CANDIDATES):
         noise = random_point(torch.full_like(images, 0.5), threat.at(0.5), "witness", place) - 0.5
         cell = CELLS[place % len(CELLS)]
         coarse = noise[..., ::cell, ::cell]
@@ -132,13 +116,12 @@ def farthest(
 @dataclass(frozen=True, eq=False)
 class Way:
     """How far the outputs [B, *P, F] of points have gone from `start` in the direction `way` of the witness's, both of
-    shape [N, *P, F] for N images: 0 at the image, 1 at the witness. On a share `flat` of it nothing rises."""
+    shape [N, *P, F] for N images: 0 at the image, 1 at the witness."""
 
     outputs: Callable[[Tensor], Tensor]
     images: Tensor
     start: Tensor
     way: Tensor
-    flat: float
 
     def gone(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """([B, *P], index [B] of the image that each point is nearest to)."""
@@ -146,8 +129,7 @@ class Way:
         place = torch.stack(apart).argmin(dim=0)
         way = self.way[place]
         along = ((self.outputs(points) - self.start[place]) * way).sum(dim=-1)
-        share = along / way.square().sum(dim=-1).clamp_min(1e-30)
-        return (self.flat + F.relu(share - self.flat) if self.flat else share), place
+        return along / way.square().sum(dim=-1).clamp_min(1e-30), place
 
     def lead(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """What the right answer leads the wrong one by, [B, *P] from 0.9 at the image to -0.1 at the witness; and

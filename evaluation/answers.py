@@ -87,9 +87,10 @@ def answer(
     rows: Sequence[Row],
     ceilings: Ceilings,
     enlargements: Enlargements,
-) -> tuple[list[Answers], dict[str, Tensor]]:
-    """(the answers of each view, mean weights [B, E, K] of the rows that have some)."""
-    answers, weights = [Answers(view) for view in views], {}
+) -> tuple[list[Answers], dict[tuple[str, str], Tensor]]:
+    """(the answers of each view, of the rows that have some ("weights", row): their mean weights [B, E, K], and
+    ("dead", row): Prediction.dead)."""
+    answers, of_gates = [Answers(view) for view in views], {}
     bands = partial(_bands, enlargements, outputs.size)
     for name in outputs.low_res:
         for one in answers:
@@ -101,7 +102,9 @@ def answer(
             continue
         prediction = row.predict(outputs, batch)
         if prediction.weights is not None:
-            weights[row.name] = prediction.weights.float().mean(dim=(-2, -1))
+            of_gates["weights", row.name] = prediction.weights.float().mean(dim=(-2, -1))
+        if prediction.dead is not None:
+            of_gates["dead", row.name] = prediction.dead
         for one in answers:
             if is_combination(row):
                 first = one.networks[row.experts[0]]
@@ -120,7 +123,7 @@ def answer(
     for one in answers if ceilings.experts else ():
         together = [bands(outputs.prediction(name), one.view) for name in ceilings.experts]
         one.rows |= _bounds(ceilings, together, one)
-    return answers, weights
+    return answers, of_gates
 
 
 def _bands(enlargements: Enlargements, size: tuple[int, int], prediction: Prediction, view: View) -> Bands:

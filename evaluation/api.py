@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from engine.config import Component, UserError
+from engine.config import IGNORE, Component, UserError
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
@@ -38,7 +38,7 @@ def evaluate(
     norm: str = "linf",
     attacks: Sequence[Component] = (),
     classes: Sequence[str] = (),
-    ignore_index: int = 255,
+    ignore_index: int = IGNORE,
     class_pixels: Sequence[int] | None = None,
     blocks: Sequence[str] | None = None,
     name: str = "model",

@@ -11,6 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from engine.config import IGNORE
 from evaluation.results import RowInfo
 
 
@@ -110,7 +111,7 @@ def ceilings_for(experts: Sequence[str]) -> Ceilings:
 
 def _as_index(labels: Tensor) -> Tensor:
     """Labels as an index over classes, int64 [B, 1, h, w]; 255 becomes 0, which is not counted there."""
-    return torch.where(labels == 255, 0, labels).long()[:, None]
+    return torch.where(labels == IGNORE, 0, labels).long()[:, None]
 
 
 def _label_or_mean(reachable: Tensor, pixels: ExpertPixels, labels: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attacks.routed import look_inside
+from attacks.threat import count_labelled, is_ignored
+from engine.config import IGNORE
 from evaluation.floor import is_close, parts_of, some_weights
 from evaluation.plan import Scene, Setup
 from evaluation.targets import ROUTED, Target, under_attack
@@ -33,7 +35,7 @@ AVERAGES = (
     nn.Dropout,
     nn.Dropout2d,
 )
-MONOTONE = (*AVERAGES, nn.Flatten, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d)
+MONOTONE = (*AVERAGES, nn.ReLU, nn.Tanh, nn.Sigmoid, nn.MaxPool2d)
 SUPPORTED = (*AFFINE, *MONOTONE, Normalize)
 UPSAMPLING = ("nearest", "nearest-exact", "bilinear")  # bicubic has weights below 0
 
@@ -75,7 +77,7 @@ def certify_targets(
                     reason = one.reason
                     break
                 right += int(one.right.sum())
-                valid += int((labels != setup.ignore_index).sum())
+                valid += count_labelled(labels, setup.ignore_index)
                 images += len(points)
             value = right / valid if valid and not reason else None
             found.append(Certified(target.name, eps, value, reason, images))
@@ -95,7 +97,7 @@ def certify_target(
 
 @torch.no_grad()
 def certify(
-    network: nn.Module, images: Tensor, labels: Tensor, eps: float, ignore_index: int | None = 255
+    network: nn.Module, images: Tensor, labels: Tensor, eps: float, ignore_index: int | None = IGNORE
 ) -> Certificate:
     """Of a network in eval mode that is a chain of simple layers, for all images within eps (linf) in [0, 1]."""
     layers = chain(network)
@@ -108,7 +110,7 @@ def certify(
     low, high = (images - eps).clamp(0, 1), (images + eps).clamp(0, 1)
     for layer in layers[:head]:
         low, high = bounds(layer, low, high)
-    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    ignored = is_ignored(labels, ignore_index)
     right = torch.zeros_like(ignored)
     for label in labels[~ignored].unique().tolist():
         if head < len(layers):
@@ -124,7 +126,7 @@ def certify(
 
 @torch.no_grad()
 def certify_mixture(
-    model: nn.Module, images: Tensor, labels: Tensor, eps: float, ignore_index: int | None = 255
+    model: nn.Module, images: Tensor, labels: Tensor, eps: float, ignore_index: int | None = IGNORE
 ) -> Certificate:
     """Of a mixture whose gate has one weight for all classes and places: pixels that all its experts are certified
     on, since a convex combination of logits that rank the label first does so too. Whatever the gate is."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attacks.evade import SCORES, Said, evade, listen
 from attacks.search import scores
-from attacks.threat import Threat, seed_of
+from attacks.threat import Threat, count_labelled, seed_of
 from evaluation.formats import markdown_table, percent
 from evaluation.plan import Scene, Setup
 from evaluation.statistics import Estimate, Resamples
@@ -91,7 +91,7 @@ def detection_rows(
         images, labels = scene.images.to(device), scene.labels.to(device)
         seeds = tuple(seed_of(setup.seed, name, "detectors") for name in scene.names)
         threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
-        valid += int((labels != setup.ignore_index).sum())
+        valid += count_labelled(labels, setup.ignore_index)
 
         def measured(points: Tensor, wanted: Sequence[str], labels=labels, threat=threat) -> tuple[dict, int]:
             with torch.no_grad():

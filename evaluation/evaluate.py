@@ -13,7 +13,7 @@ from engine.config import UserError
 from evaluation.answers import Answers, answer, views_of
 from evaluation.ceilings import NO_CEILINGS, Ceilings
 from evaluation.enlarge import Enlargements
-from evaluation.results import FLOOR, Protocol, Results, RowInfo
+from evaluation.results import BY_ROW, FLOOR, Protocol, Results, RowInfo
 from evaluation.rows import Outputs, Row, is_combination
 from metrics.confusion import confusion
 from metrics.detection import count_scores
@@ -73,13 +73,14 @@ def evaluate(
         with torch.inference_mode():
             outputs = Outputs(networks, images, protocol.precision, enlargements)
             views = views_of(batch, labels, window)
-            answers, weights = answer(outputs, batch, views, rows, ceilings, enlargements)
-            weights = {name: mean.cpu().numpy() for name, mean in weights.items()}
+            answers, of_gates = answer(outputs, batch, views, rows, ceilings, enlargements)
+            of_gates = {key: values.cpu().numpy() for key, values in of_gates.items()}
             for one in answers:
                 part = _count(one, rows, infos[:-1], batch.frames, len(protocol.classes))
                 part["luma"] = _luma(one.view.crop(images))
-                part |= {("weights", name): mean[one.view.frames] for name, mean in weights.items()}
+                part |= {key: values[one.view.frames] for key, values in of_gates.items()}
                 counts.append(part)
+        weights = {name: values for (kind, name), values in of_gates.items() if kind == "weights"}
         for sample in _samples(answers, weights, batch, rows, keep):
             on_sample(sample)
         frames += batch.frames
@@ -88,8 +89,7 @@ def evaluate(
     _refuse_repeats("frames", [frame.name for frame in frames])
     whole = {key: np.concatenate([part[key] for part in counts]) for key in counts[0]}
     by_row = {
-        kind: {key[1]: array for key, array in whole.items() if key[0] == kind}
-        for kind in ("weights", "cases", "scores")
+        kind: {key[1]: array for key, array in whole.items() if key[0] == kind} for kind in (*BY_ROW, "dead")
     }
     return Results(
         protocol=protocol,

@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.routed import Inside, look_inside
+from attacks.threat import is_ignored
+from engine.config import IGNORE
 
 TOLERANCE = 1e-4  # of the largest logit: what float32 may do to a sum
 
@@ -42,13 +44,13 @@ class Floor:
 
 @torch.no_grad()
 def gate_free_floor(
-    model, images: Tensor, labels: Tensor, ignore_index: int | None = 255, seen: Inside | None = None
+    model, images: Tensor, labels: Tensor, ignore_index: int | None = IGNORE, seen: Inside | None = None
 ) -> Floor:
     """Of a routed model (see attacks.routed) at images [B, 3, H, W] in [0, 1], attacked or not; labels [B, *S]. Of hard
     routing with one weight per image it is over the experts: no other weights occur, and mixing needn't be linear.
     seen: what `look_inside` gave for these images, where it has been called already."""
     seen = seen or look_inside(model, images)
-    ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_index is None else labels == ignore_index
+    ignored = is_ignored(labels, ignore_index)
     known = labels.masked_fill(ignored, 0).long()
     sites, _, experts, classes, *grid = seen.gate_logits.shape
     if sites > 1:

@@ -1,6 +1,6 @@
 """What an evaluation tells about its gates: their weights, whether these follow the light, and their regret."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,13 +16,14 @@ GATE_COLUMNS = (
 )  # fmt: skip
 
 
-def gate_rows(results: Results, subsets: Sequence[str], dead_shares: Mapping[str, float]) -> list[dict]:
+def gate_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
     """Lines of gate.csv: statistics of every gate's weights per subset, class and expert.
 
     Class "" is the weight of the image: the mean over the classes where a gate has weights per class. Its lines
     also have the regret of the gate on the subset. pearson_luma and spearman_luma correlate the weights with the
-    mean luma of the images."""
+    mean luma of the images; dead_share is of all images."""
     rows = []
+    dead = {name: sum(shares.tolist()) / len(shares) for name, shares in results.dead.items()}
     for name in results.names("gate"):
         for subset in subsets:
             mask = results.mask(subset)
@@ -41,7 +42,7 @@ def gate_rows(results: Results, subsets: Sequence[str], dead_shares: Mapping[str
                     "mean_entropy": float(statistics.mean_entropy[0]),
                     "entropy_max": statistics.entropy_max,
                     "collapsed": int(statistics.collapsed[0]),
-                    "dead_share": dead_shares.get(name),
+                    "dead_share": dead.get(name),
                     "n_images": statistics.images,
                 }
                 if not class_name:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from engine.config import UserError
+from engine.config import IGNORE, UserError
 from engine.schema import motionless
 from evaluation.adversarials import Kept
 from evaluation.formats import aligned, number
@@ -36,7 +36,7 @@ class Setup:
     suite: str = "quick"
     norm: Literal["linf", "l2"] = "linf"
     seed: int = 0
-    ignore_index: int = 255
+    ignore_index: int = IGNORE
     subset: str = "all"
     adversarials: Kept = "none"
     about: dict = field(default_factory=dict)

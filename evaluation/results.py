@@ -61,6 +61,7 @@ class Results:
     case and who is right (`metrics.disagreement.count_cases`), `scores` right and wrong pixels by the bin of the
     experts' Jensen-Shannon distance (`metrics.detection`). The last row is the floor, which has no matrix: it
     follows from `truth`. `chosen` names the gate that was picked on the validation split ("" where none was).
+    `dead`, of gates: the share of each image's hidden units that say nothing; it is told in gate.csv, not saved.
     """
 
     protocol: Protocol
@@ -75,6 +76,7 @@ class Results:
     cases: dict[str, np.ndarray] = field(default_factory=dict)  # int32 [N, K, 5 + E, 2 + E]
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # int32 [N, 2, bins]
     chosen: str = ""
+    dead: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [N]
 
     @cached_property
     def by_name(self) -> dict[str, int]:

@@ -19,7 +19,7 @@ from attacks.evade import experts_alone
 from attacks.quantise import quantised
 from attacks.routed import look_inside
 from attacks.search import Found, scores
-from attacks.threat import Threat, check_inside, refuse_bad_images, seed_of
+from attacks.threat import Threat, check_inside, refuse_bad_images, seed_of, sizes
 from engine.config import UserError
 from evaluation.adversarials import save_adversarials
 from evaluation.floor import gate_free_floor
@@ -27,7 +27,7 @@ from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
-from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
+from evaluation.targets import ROUTED, Target, exact_float32, threat_on, under_attack
 from metrics.confusion import confusion
 
 TRACE = 8  # values of an attack's loss that are recorded, from the first to the last
@@ -168,8 +168,7 @@ class Bench:
     def __init__(self, target: Target, scene: Scene, setup: Setup, device: torch.device):
         self.target, self.scene, self.setup = target, scene, setup
         self.images, self.labels = scene.images.to(device), scene.labels.to(device)
-        weights = None if target.class_pixels is None else class_weights(target.class_pixels).to(device)
-        self.threat = Threat(0.0, setup.norm, setup.ignore_index, class_weights=weights)
+        self.threat = threat_on(target, Threat(0.0, setup.norm, setup.ignore_index), device)
         self._clean_route: Tensor | None = None
 
     def run(self, member: Member, eps: float) -> tuple[list[Record], dict[str, Tensor]]:
@@ -177,9 +176,7 @@ class Bench:
         share, and what the unit's name stands for, is in the manifest."""
         attack = canonical(member.attack.plain())
         seeds = tuple(seed_of(self.setup.seed, name, attack) for name in self.scene.names)
-        threat = Threat(
-            eps, self.setup.norm, self.setup.ignore_index, seeds, class_weights=self.threat.class_weights
-        )
+        threat = replace(self.threat, eps=eps, seeds=seeds)
         found = member.attack.build(self.target.model, self.images, self.labels, threat)
         points = {"pixels": found.images, "balanced": found.balanced}
         if self.setup.adversarials == "uint8":
@@ -224,13 +221,13 @@ class Bench:
                 f"target {self.target.name}: its logits are {logits.dtype}; robustness needs float32"
             )
         counts = confusion(logits.argmax(dim=1), self.labels, logits.shape[1], self.setup.ignore_index).cpu()
-        change = (points.double() - self.images.double()).flatten(1)
+        linf, l2 = sizes(points, self.images)
         sound = torch.isfinite(logits.flatten(1)).all(dim=1)
         return {
             "cells": [sparse(one) for one in counts],
             "valid": counts.sum(dim=(1, 2)).tolist(),
-            "linf": change.abs().amax(dim=1).tolist(),
-            "l2": torch.linalg.vector_norm(change, dim=1).tolist(),
+            "linf": linf.tolist(),
+            "l2": l2.tolist(),
             "status": ["ok" if one else "logits not finite" for one in sound.tolist()],
             **routing,
         }

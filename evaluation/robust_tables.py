@@ -307,7 +307,7 @@ def gate_free_cell(results: RobustResults, model: str, eps: float) -> str:
 def with_interval(worst: Worst, name: str, floor: Mapping[str, float]) -> str:
     estimate = worst.figures[name]
     low, high = estimate.interval()
-    text = percent(estimate.value) + ("" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]")
+    text = percent(estimate.value) + ("" if math.isnan(low) else in_brackets(low, high))
     return text + " *" * within_floor(estimate, floor[name])
 
 
@@ -354,7 +354,7 @@ def difference_lines(results: RobustResults, eps: float) -> list[str]:
             low, high = gap.interval()
             at_floor = all(within_floor(values[model], floor[name]) for model in (best, ensemble))
             shown = f"{TITLES[name]}, adaptive: {best} - {ensemble} = {percent(gap.value)}"
-            shown += "" if math.isnan(low) else f" [{percent(low)}, {percent(high)}]"
+            shown += "" if math.isnan(low) else in_brackets(low, high)
             lines.append(f"- {shown}: {verdict(low, high, at_floor)}.")
     chosen = len(results.of_role("gate")) > 1
     return [*lines, *["", "The gate is the best of several on these very images, which favours it."] * chosen]

@@ -84,11 +84,12 @@ class Outputs:
 @dataclass(frozen=True)
 class Prediction:
     """Logits [B, C, h, w] on a network's grid, to be upsampled as `stride` says; of stride None, at the input's
-    size. Weights [B, E, K, h', w'] of a gate."""
+    size. Weights [B, E, K, h', w'] of a gate; dead [B]: share of its hidden units that say nothing of the image."""
 
     logits: Tensor
     stride: int | None = None
     weights: Tensor | None = None
+    dead: Tensor | None = None
 
 
 def run_networks(networks: Mapping[str, nn.Module], images: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -159,19 +160,25 @@ def ensemble_row(
 
 
 def gate_row(
-    name: str, experts: Sequence[str], mix: Callable, kind: str = "gate", full_size: bool = False
+    name: str,
+    experts: Sequence[str],
+    mix: Callable,
+    kind: str = "gate",
+    full_size: bool = False,
+    dead: Callable | None = None,
 ) -> Row:
     """`mix(expert_logits [B, E, C, h, w], features: list, images, size) -> (logits, weights [B, E, K, h', w'])`
     mixes what the experts, run only once, said about the images: on their own grid, or `full_size`: at the size
-    of the images."""
+    of the images. dead: of the same, Prediction.dead."""
     experts = tuple(experts)
 
     def predict(outputs: Outputs, batch) -> Prediction:
         expert_logits, stride = outputs.together(experts)
-        features = [outputs.features[expert] for expert in experts]
+        said = expert_logits, [outputs.features[expert] for expert in experts], outputs.images, outputs.size
         with outputs.autocast():
-            logits, weights = mix(expert_logits, features, outputs.images, outputs.size)
-        return Prediction(logits, None if full_size else stride, weights)
+            logits, weights = mix(*said)
+            share = dead and dead(*said)
+        return Prediction(logits, None if full_size else stride, weights, share)
 
     return Row(name, kind, predict, experts=experts)
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.command import run
 from engine.config import UserError
 from evaluation.formats import markdown_table
 
@@ -81,13 +82,9 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    try:
-        print(summary(arguments))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    print(summary(arguments))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main))

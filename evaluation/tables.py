@@ -70,11 +70,9 @@ def write_tables(
     results: Results,
     costs: Mapping[str, Cost] = NOTHING,
     subsets: Sequence[str] = (),
-    dead_shares: Mapping[str, float] = NOTHING,
 ) -> None:
     """Writes all tables into a folder, results.csv last: where it is, the others are. `costs` by row;
-    `subsets`: columns in this order (none given: all there are); `dead_shares` by gate: share of images on
-    which its hidden layer is all zero."""
+    `subsets`: columns in this order (none given: all there are)."""
     subsets = list(subsets) or results.subset_names
     matrix, intervals = matrix_rows(results, subsets, costs), clean_estimates(results, subsets)
     differences = difference_rows(results, subsets, intervals)
@@ -85,7 +83,7 @@ def write_tables(
         "differences.csv": csv_text(DIFFERENCE_COLUMNS, differences),
         "differences.md": differences_markdown(results, subsets, differences),
         "classes.md": classes_markdown(results, subsets),
-        "gate.csv": csv_text(GATE_COLUMNS, gate_rows(results, subsets, dead_shares)),
+        "gate.csv": csv_text(GATE_COLUMNS, gate_rows(results, subsets)),
         "disagreement.csv": csv_text(DISAGREEMENT_COLUMNS, disagreement_rows(results, subsets)),
         "disagreement_per_image.csv": csv_text(per_image_columns(results), per_image_rows(results)),
         "results.csv": csv_text(RESULT_COLUMNS, result_rows(results, subsets, intervals)),

@@ -12,7 +12,7 @@ from attacks.pgd import pgd
 from attacks.pixel_losses import image_loss
 from attacks.routed import Inside, look_inside
 from attacks.search import scores
-from attacks.threat import Threat, random_point, refuse_bad_images, seed_of
+from attacks.threat import Threat, count_labelled, random_point, refuse_bad_images, seed_of
 from engine.config import Component
 from evaluation.active_test import active_test
 from evaluation.findings import Finding
@@ -20,7 +20,7 @@ from evaluation.formats import percent
 from evaluation.plan import Scene, Setup
 from evaluation.record_checks import ALARM, WHITE_BOX
 from evaluation.suites import Member
-from evaluation.targets import ROUTED, Target, class_weights, exact_float32, under_attack
+from evaluation.targets import ROUTED, Target, exact_float32, threat_on, under_attack
 
 CHECKED = 2  # images of a batch that are looked at
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it
@@ -56,7 +56,7 @@ def check_targets(
     found = []
     for target in targets:
         with as_attacked(target, images.device):
-            own = threat_of(target, threat)
+            own = threat_on(target, threat, images.device)
             found += identity_at_zero(target, images, labels, own, members[target.name])
             found += batch_invariance(target, images)
             found += float32_throughout(target, images, labels, own)
@@ -74,13 +74,6 @@ def check_targets(
 def as_attacked(target: Target, device: torch.device) -> Iterator[None]:
     with under_attack(target.model), exact_float32(device):
         yield
-
-
-def threat_of(target: Target, threat: Threat) -> Threat:
-    """With the target's own class weights, where it has some."""
-    if target.class_pixels is None:
-        return threat
-    return replace(threat, class_weights=class_weights(target.class_pixels))
 
 
 def identity_at_zero(
@@ -238,7 +231,7 @@ def unconstrained_attack(
     """Indicator 6. An attack that may change everything (linf, eps = 1) leaves next to nothing. steps + 1 passes."""
     free = replace(threat, eps=1.0, norm="linf")
     found = pgd(target.model, images, labels, free, loss="masked_ce", steps=steps)
-    left = found.correct.sum().item() / max(labelled(labels, threat), 1)
+    left = found.correct.sum().item() / max(count_labelled(labels, threat.ignore_index), 1)
     text = f"PGD of {steps} steps at eps = 1 leaves {percent(left)} % of the answers right"
     severity = "flag" if left > LEFT else "ok"
     return [Finding("unconstrained attack", target.name, None, "", severity, text)]
@@ -256,7 +249,7 @@ def transfer_failure(
     for target in targets:
         with as_attacked(target, images.device):
             made[target.name] = pgd(target.model, images, labels, threat, loss="masked_ce", steps=steps)
-    total = max(labelled(labels, threat), 1)
+    total = max(count_labelled(labels, threat.ignore_index), 1)
     for target in targets:
         own = made[target.name].correct
         worst, source = own, ""
@@ -357,9 +350,3 @@ def slope_of(value: Callable[[], Tensor], leaf: Tensor) -> Tensor:
         return torch.zeros_like(leaf)
     (slope,) = torch.autograd.grad(total, leaf, allow_unused=True)
     return torch.zeros_like(leaf) if slope is None else slope
-
-
-def labelled(labels: Tensor, threat: Threat) -> int:
-    if threat.ignore_index is None:
-        return labels.numel()
-    return int((labels != threat.ignore_index).sum())

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attacks.threat import Threat
 from engine.checkpoints import tensors_sha256
 from engine.config import UserError
 
@@ -122,6 +123,13 @@ def class_weights(class_pixels: Sequence[int]) -> Tensor:
         raise UserError("class weights: no class has a labelled pixel in the training split")
     weights = pixels.sum() / (seen.sum() * np.where(seen, pixels, pixels[seen].min()))
     return torch.from_numpy(weights.astype(np.float32))
+
+
+def threat_on(target: Target, threat: Threat, device: torch.device | str) -> Threat:
+    """With the target's own class weights, where it has some."""
+    if target.class_pixels is None:
+        return threat
+    return replace(threat, class_weights=class_weights(target.class_pixels).to(device))
 
 
 @contextmanager

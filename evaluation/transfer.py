@@ -2,8 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from attacks.threat import Threat
 from engine.config import Component, UserError
 from evaluation.formats import markdown_table, percent
 from evaluation.statistics import ClassCounts, Resamples, aacc, estimates, mean_iou
-from evaluation.targets import Target, class_weights, exact_float32, under_attack
+from evaluation.targets import Target, exact_float32, threat_on, under_attack
 from metrics.confusion import confusion
 
 CLEAN = "clean"
@@ -88,12 +87,10 @@ def transfer(
     attack: Component,
     batches: Iterable[tuple[Tensor, Tensor, Threat]],
     num_classes: int,
-    incumbent: Literal["images", "balanced"] = "images",
 ) -> Transfer:
-    """All pairs: the attack on each target, the images that it found shown to all of them.
+    """All pairs: the attack on each target, the images with the fewest right pixels that it found shown to all.
 
     batches: images float32 [B, 3, H, W] in [0, 1], labels [B, H, W], and the threat with a seed per image.
-    incumbent: which of `attacks.search.Found`: fewest right pixels, or lowest class-balanced accuracy.
     """
     names = tuple(target.name for target in targets)
     if len({CLEAN, *names}) <= len(names):
@@ -108,13 +105,8 @@ def transfer(
             with exact_float32(images.device):
                 made = {CLEAN: images}
                 for target in targets:
-                    own = threat
-                    if target.class_pixels is not None:
-                        own = replace(
-                            threat, class_weights=class_weights(target.class_pixels).to(images.device)
-                        )
-                    found = attack.build(target.model, images, labels, own)
-                    made[target.name] = getattr(found, incumbent)
+                    own = threat_on(target, threat, images.device)
+                    made[target.name] = attack.build(target.model, images, labels, own).images
                 counts.append(cross_counts(targets, made, labels, num_classes, threat.ignore_index))
     if not counts:
         raise UserError("transfer: no images")
@@ -126,7 +118,7 @@ def cross_counts(
     made: Mapping[str, Tensor],
     labels: Tensor,
     num_classes: int,
-    ignore_index: int | None = 255,
+    ignore_index: int | None,
 ) -> np.ndarray:
     """Confusion counts int64 [S, T, B, K, K] of each source's images [B, 3, H, W] shown to each target."""
     ignored = -1 if ignore_index is None else ignore_index

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.threat import sizes
+from engine.command import run
 from engine.config import Evaluation, UserError, load
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
@@ -233,7 +235,7 @@ def compare(
             verdict.problems.append(f"{where}, {incumbent}: {told}")
             continue
         kept = kept.to(bench.images)
-        inside = sizes(kept - bench.images, bench.setup.norm) <= unit.eps + ROUNDING
+        inside = sizes(kept, bench.images)[bench.setup.norm == "l2"] <= unit.eps + ROUNDING
         inside &= ((kept >= 0) & (kept <= 1)).flatten(1).all(dim=1)
         scored = bench.score(kept)
         own = [record for record in records if record["incumbent"] == incumbent]
@@ -291,12 +293,6 @@ def is_best(route: object, weights: list) -> bool:
     return bool((chosen & near).any(axis=1).all())
 
 
-def sizes(change: Tensor, norm: str) -> Tensor:
-    """Of changes [B, 3, H, W], [B]."""
-    flat = change.double().flatten(1)
-    return flat.abs().amax(dim=1) if norm == "linf" else torch.linalg.vector_norm(flat, dim=1)
-
-
 def pixels_off(recorded: list[list[int]], found: list[list[int]]) -> int:
     """Pixels that stand in other cells of the confusion counts; twice a moved pixel, halved."""
     before, after = ({(truth, said): count for truth, said, count in cells} for cells in (recorded, found))
@@ -313,7 +309,7 @@ def read(path: Path) -> bytes | None:
         raise UserError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("submission", metavar="SUBMISSION", help="folder of an evaluation under attack")
     parser.add_argument(
@@ -321,20 +317,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda; that of the ledger is exact")
     arguments = parser.parse_intermixed_args(argv)
-    try:
-        from pipelines.robustness import submitted
+    from pipelines.robustness import submitted
 
-        config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
-        if not isinstance(config, Evaluation):
-            raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
-        device = torch.device(arguments.device)
-        verdict = verify(arguments.submission, *submitted(config, device), device)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
+    if not isinstance(config, Evaluation):
+        raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
+    device = torch.device(arguments.device)
+    verdict = verify(arguments.submission, *submitted(config, device), device)
     print("\n".join(verdict.lines()))
     return 2 if verdict.problems else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

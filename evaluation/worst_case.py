@@ -52,16 +52,8 @@ class SearchBracket:
     single: str
 
 
-def counts_of(matrices: np.ndarray) -> ClassCounts:
-    """Confusion counts int64 [A, N, K, K] as counts by class [A, N, K].
-
-    UserError where an image has not the same labels under all attacks: then images were mixed up."""
-    counts = ClassCounts.of(matrices)
-    refuse_other_labels(counts)
-    return counts
-
-
 def refuse_other_labels(counts: ClassCounts) -> None:
+    """UserError where an image has not the same labels under all attacks: then images were mixed up."""
     wrong = (counts.true != counts.true[:1]).any(axis=2)
     if wrong.any():
         attack, image = np.argwhere(wrong)[0].tolist()

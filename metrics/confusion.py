@@ -6,10 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import IGNORE
+
 ABSENT_POLICIES = ("nan", "zero", "one", "gt_only")
 
 
-def confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+def confusion(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int = IGNORE) -> Tensor:
     """Per-image counts, int64 [B, K, K] on the device of `predictions`.
 
     Predictions are [B, ...] in [0, num_classes), labels of the same shape. A pixel whose label is
@@ -44,11 +46,6 @@ def iou_per_class(matrix: np.ndarray) -> np.ndarray:
     """Intersection over union of each class in [0, 1], [..., K]; NaN where the union is empty."""
     right, true, predicted = _parts(matrix)
     return _ratio(right, true + predicted - right)
-
-
-def present_classes(matrix: np.ndarray) -> np.ndarray:
-    """Classes with ground truth, bool [..., K]."""
-    return np.asarray(matrix).sum(axis=-1) > 0
 
 
 def counted_classes(

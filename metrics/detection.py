@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import IGNORE
+
 BINS = 256
 
 
@@ -31,7 +33,7 @@ def bin_of(scores: Tensor) -> Tensor:
     return (scores * BINS).to(torch.int32).clamp_(0, BINS - 1)
 
 
-def count_scores(bins: Tensor, wrong: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+def count_scores(bins: Tensor, wrong: Tensor, labels: Tensor) -> Tensor:
     """Labelled pixels by image, by right and wrong, and by bin: int64 [R, B, 2, BINS] on the device.
 
     bins [B, ...] as of `bin_of`, wrong [R, B, ...] of R models, labels [B, ...].
@@ -40,7 +42,7 @@ def count_scores(bins: Tensor, wrong: Tensor, labels: Tensor, ignore_index: int 
     cells = rows * images * 2 * BINS
     block = torch.arange(rows * images, device=wrong.device, dtype=torch.int32) * (2 * BINS)
     place = wrong.to(torch.int32) * BINS + bins + block.view(rows, images, *[1] * (bins.dim() - 1))
-    place.masked_fill_(labels == ignore_index, cells)
+    place.masked_fill_(labels == IGNORE, cells)
     return torch.bincount(place.flatten(), minlength=cells + 1)[:cells].reshape(rows, images, 2, BINS)
 
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import IGNORE
+
 # All experts say the same class, and so does the combination, or it contradicts them; experts differ, and the
 # combination says what at least one of them says, or what none does. Each pixel is in exactly one of them.
 CASES = ("agree, followed", "agree, contradicted", "differ, one followed", "differ, own answer")
@@ -20,7 +22,7 @@ _AGREE_CODES = 12  # 4 * (followed, contradicted, tied) + 2 * (combination right
 
 
 def count_cases(
-    answers: Tensor, experts: Tensor, labels: Tensor, tied: Tensor, num_classes: int, ignore_index: int = 255
+    answers: Tensor, experts: Tensor, labels: Tensor, tied: Tensor, num_classes: int
 ) -> np.ndarray:
     """Pixels of each case, int64 [R, B, K, 5 + E, 2 + E], of R combinations of the same E >= 2 experts.
 
@@ -40,7 +42,7 @@ def count_cases(
     labels = labels.to(index)
     block = torch.arange(rows * images, device=codes.device, dtype=index).view(rows, images) * num_classes
     place = (block.view(rows, images, *[1] * (labels.dim() - 1)) + labels) * num_codes + codes
-    ignored = (labels == ignore_index) | (labels < 0) | (labels >= num_classes)
+    ignored = (labels == IGNORE) | (labels < 0) | (labels >= num_classes)
     place.masked_fill_(ignored, cells)
     counts = torch.bincount(place.flatten(), minlength=cells + 1)[:cells].cpu().numpy()
     counts = counts.reshape(rows, images, num_classes, num_codes)
@@ -59,7 +61,7 @@ def case_map(answers: Tensor, experts: Tensor, labels: Tensor, tied: Tensor) -> 
     differ = torch.where(count > 1, FIRST_ALONE + len(experts), one)
     agree = torch.where(follows[0] | tied, AGREED, AGAINST_ALL)
     case = torch.where((experts == experts[0]).all(dim=0), agree, differ)
-    return torch.where(labels == 255, UNLABELLED, case).to(torch.uint8)
+    return torch.where(labels == IGNORE, UNLABELLED, case).to(torch.uint8)
 
 
 def case_names(experts: Sequence[str]) -> list[str]:
@@ -67,11 +69,6 @@ def case_names(experts: Sequence[str]) -> list[str]:
     names = ["experts agree, followed", "experts agree, contradicted", "experts differ, own answer"]
     names += [f"follows {expert}" for expert in experts]
     return names + (["follows several"] if len(experts) > 2 else [])
-
-
-def part_names(experts: Sequence[str]) -> list[str]:
-    """Names along the axis of cases of `count_cases`."""
-    return [*CASES, "agree, followed by a tie", *(f"differ, {expert} followed" for expert in experts)]
 
 
 def _codes(answers: Tensor, experts: Tensor, labels: Tensor, tied: Tensor) -> tuple[Tensor, int]:

@@ -1,5 +1,7 @@
 """What a network costs: parameters and multiply-adds."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -27,11 +29,17 @@ def gmacs(model: nn.Module, size: tuple[int, int]) -> float:
         state = {
             name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
+    image = torch.zeros(1, 3, *size, device=device)
+    return counted(model, image, lambda image: functional_call(model, state, (image,)))
+
+
+def counted(model: nn.Module, inputs: torch.Tensor, run: Callable | None = None) -> float:
+    """Billions of multiply-adds of model(inputs), or run(inputs), with every module in evaluation mode meanwhile."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            functional_call(model, state, (torch.zeros(1, 3, *size, device=device),))
+            (run or model)(inputs)
     finally:
         for module in training:
             module.training = True

@@ -59,20 +59,6 @@ class MixtureOfExperts(Mixture):
         """Its own tensors (gate, convolution, experts' temperatures) by name; experts live in their own files."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("experts.")}
 
-    def load_trainable_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes what `trainable_state` gave. UserError where it belongs to another gate."""
-        expected = self.trainable_state()
-        wrong = [name for name in expected.keys() ^ tensors.keys()]
-        wrong += [
-            name for name in expected.keys() & tensors.keys() if expected[name].shape != tensors[name].shape
-        ]
-        if wrong:
-            raise UserError(
-                f"gate: the stored weights are of another gate, {len(wrong)} tensors differ "
-                f"({', '.join(sorted(wrong)[:3])}); take its config, and as many experts"
-            )
-        self.load_state_dict(tensors, strict=False)
-
 
 def gate_channels(experts: Mapping[str, nn.Module], num_classes: int, input: str) -> int:
     """Channels of all that a gate reads, the sum over what `MixtureOfExperts.gate_inputs` gives."""

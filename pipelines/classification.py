@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dataloaders.image_batches import EvalBatches, ImageBatch, TrainBatches, images_of
 from dataloaders.image_set import ImageSet, ImageSplit
-from engine.checkpoints import load_metadata, load_weights
+from engine.checkpoints import differing, load_metadata, load_weights
 from engine.config import Classification, RouterTraining, UserError
 from engine.learner import Learner, Result
 from engine.loop import fit, optimizer_steps
@@ -88,13 +88,7 @@ def start(model: nn.Module, config: Classification) -> None:
     source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
     tensors, _ = load_weights(source)
     own, head = model.state_dict(), last_layer(model)
-    wrong = [
-        name
-        for name in {**own, **tensors}
-        if name not in own or name not in tensors or tensors[name].shape != own[name].shape
-    ]
-    if fresh:
-        wrong = [name for name in wrong if name not in head]
+    wrong = [name for name in differing(own, tensors) if not (fresh and name in head)]
     if wrong:
         way_out = "; train.start_head: fresh trains a new last layer" if set(wrong) == set(head) else ""
         raise UserError(
@@ -180,7 +174,7 @@ def clusters_of(config: Classification, images: ImageSet) -> Tensor | None:
         rows = np.arange(start, min(start + 1024, len(split)))
         part = torch.from_numpy(np.ascontiguousarray(split.images[rows])).float() / 255
         thumbnails.append(nn.functional.adaptive_avg_pool2d(part, 8).flatten(1))
-    means = KMeans(config.network.args["num_experts"], random_state=0, n_init=4)
+    means = KMeans(config.network.args["num_experts"], random_state=config.train.seed, n_init=4)
     found = means.fit_predict(torch.cat(thumbnails).numpy())
     return torch.from_numpy(found.astype(np.int64))
 

@@ -8,13 +8,12 @@ from functools import partial
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from evaluation.formats import markdown_table, number
 from networks.cnn_moe import ARCHITECTURES
 from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.sparse import SparseCNN
-from networks.complexity import parameters
+from networks.complexity import counted, parameters
 
 # What the published code counts, by network, ratio, experts (0: one plain network), classes, edge and stem: parameters,
 # GMACs of one pathway and GMACs executed, as it computes all pathways; all without the router.
@@ -97,17 +96,6 @@ def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
 def without_pruned(model: nn.Module) -> nn.Module:
     """A copy without its pruned filters, of a sparse network; others as they are."""
     return model.kept() if hasattr(model, "kept") else model
-
-
-@torch.no_grad()
-def counted(module: nn.Module, image: torch.Tensor) -> float:
-    """GMACs of convolutions and matrix products, by torch.utils.flop_counter; the module stays in its mode."""
-    before = module.training
-    module.eval()
-    with FlopCounterMode(display=False) as counter:
-        module(image)
-    module.train(before)
-    return counter.get_total_flops() / 2e9
 
 
 def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:

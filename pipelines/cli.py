@@ -3,16 +3,15 @@
 import argparse
 import importlib
 import re
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
+from engine.command import run
 from engine.config import (
     Classification,
     ClassifierEvaluation,
     Config,
     Evaluation,
-    Interrupted,
     Pipeline,
     Run,
     UserError,
@@ -33,6 +32,18 @@ COMMANDS = {
 SCRIPTS = {  # those of no family
     "pipeline": "run_pipeline.py", "train_cnn_moe": "train_cnn_moe.py", "evaluate_cnn_moe": "evaluate_cnn_moe.py",
 }  # fmt: skip
+# What becomes of a folder that is there already, by the first word of the command.
+FOLDER_FLAGS = {
+    "train": {
+        "resume": "go on where the run folder's last.pt stands",
+        "overwrite": "empty the run folder first",
+    },
+    "evaluate": {
+        "resume": "go on with an evaluation that was stopped; it does so without this flag, too",
+        "overwrite": "evaluate again, also by another config: tables are written anew, passes under corruptions made "
+        "anew, and of the ledger of attacks those records are used that fit",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -50,12 +61,10 @@ class Options:
 
 
 def main(doc: str, command: str, family: str | None = None, argv: list[str] | None = None) -> int:
-    """Runs a command of COMMANDS; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted.
+    """Runs a command of COMMANDS; returns the exit code, see engine.command.run."""
 
-    Any other exception is a bug and passes through, so that Python prints its traceback and exits with 1.
-    """
-    arguments = _parser(doc, command).parse_intermixed_args(argv)
-    try:
+    def start(argv: Sequence[str]) -> int:
+        arguments = _parser(doc, command).parse_intermixed_args(argv)
         config = load(arguments.config, arguments.overrides)
         check(config, command, family, arguments.config)
         if arguments.print_config:
@@ -66,12 +75,8 @@ def main(doc: str, command: str, family: str | None = None, argv: list[str] | No
         }
         function_of(command)(config, Options(**given))
         return 0
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, Interrupted) as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        return 130
+
+    return run(start, argv)
 
 
 def function_of(command: str) -> Callable:
@@ -147,9 +152,8 @@ def _parser(doc: str, command: str) -> argparse.ArgumentParser:
         parser.add_argument("--only", metavar="STAGE", help="run this stage alone")
         parser.add_argument("--force", metavar="STAGE", help="run this stage even if it is done")
     else:
+        told = FOLDER_FLAGS[command.split("_")[0]]
         folder = parser.add_mutually_exclusive_group()
-        folder.add_argument(
-            "--resume", action="store_true", help="go on where the run folder's last.pt stands"
-        )
-        folder.add_argument("--overwrite", action="store_true", help="empty the run folder first")
+        for flag, what in told.items():
+            folder.add_argument(f"--{flag}", action="store_true", help=what)
     return parser

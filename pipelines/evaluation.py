@@ -81,7 +81,6 @@ def clean_matrix(
     for trained, _ in zoo.gates.values():
         trained.network.to(device)
     chosen, constant = choose_on_val(config, zoo, index, device)
-    zoo.dead.clear()  # what is told is of the frames that are evaluated
     rows = zoo.rows(settings.controls, constant)
     bounded = settings.ceilings and len(zoo.experts) > 1
     ceilings = ceilings_for(zoo.experts) if bounded else NO_CEILINGS
@@ -189,8 +188,7 @@ def write_evaluation(
     for sample in samples:
         picture = overlay(sample, results, index.palette)
         atomic_write(folder / "overlays" / f"{sample.subset}_{sample.name.replace('/', '_')}.png", picture)
-    dead_shares = {name: sum(shares) / len(shares) for name, shares in zoo.dead.items() if shares}
-    write_tables(folder, results, costs, subsets, dead_shares)
+    write_tables(folder, results, costs, subsets)
 
 
 def evaluation_folder(config: Run | Evaluation) -> Path:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import atomic_write, save_weights
+from engine.command import run
 from engine.config import UserError
 from networks.cnn_moe.sparse import SparseCNN
 from networks.complexity import parameters
@@ -226,24 +227,16 @@ def largest_gap(logits: Tensor, others: Tensor) -> float:
     return gap if gap == gap else float("inf")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(argv)
-    try:
-        told = export(
-            given.run,
-            Path(given.out),
-            pathway=given.pathway,
-            onnx=given.onnx,
-            opset=given.opset,
-            overwrite=given.overwrite,
-        )
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    told = export(
+        given.run,
+        Path(given.out),
+        pathway=given.pathway,
+        onnx=given.onnx,
+        opset=given.opset,
+        overwrite=given.overwrite,
+    )
     print("\n".join(told))
     return 0
 
@@ -262,4 +255,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

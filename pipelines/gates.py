@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine.config import Gate, Run, from_dict
+from engine.config import IGNORE, Gate, Run, from_dict
 from engine.steps import PhaseLoss
 from engine.temperatures import fit_temperatures
 from networks.mixture import Mixture
 from networks.moe import ExpertOutputs, MixtureOfExperts
 from networks.routing import routing_penalty
-
-IGNORED = 255
 
 
 def runs_in(config: Run) -> list[Run]:
@@ -75,7 +73,7 @@ def reduced(labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Ten
     height, width = labels.shape[-2:]
     taken = labels[:, rows.clamp(max=height - 1)][:, :, columns.clamp(max=width - 1)]
     inside = (rows < height)[:, None] & (columns < width)
-    return torch.where(inside, taken, IGNORED)
+    return torch.where(inside, taken, IGNORE)
 
 
 def calibrate(mixtures: Sequence[MixtureOfExperts], batches: Iterable, prepare: Callable, device) -> None:
@@ -85,6 +83,6 @@ def calibrate(mixtures: Sequence[MixtureOfExperts], batches: Iterable, prepare: 
         return
     layout = torch.channels_last
     seen = ((prepare(batch, device, layout), batch.labels.to(device)) for batch in batches)
-    temperatures = fit_temperatures(seen, wanting[0].grid, ignore_index=IGNORED)
+    temperatures = fit_temperatures(seen, wanting[0].grid)
     for mixture in wanting:
         mixture.expert_temperatures.copy_(torch.tensor(temperatures))

@@ -45,9 +45,6 @@ class Zoo:
     experts: tuple[str, ...]
     ensembles: dict[str, object] = field(default_factory=dict)
     gates: dict[str, tuple[Trained, tuple[str, ...]]] = field(default_factory=dict)
-    dead: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # per gate: share of dead units of each image seen
 
     @cached_property
     def learned_gates(self) -> tuple[str, ...]:
@@ -92,18 +89,18 @@ class Zoo:
         return rows
 
     def gate_row(self, name: str) -> Row:
-        """The row of a gate; every batch that it sees adds to `dead`."""
         trained, experts = self.gates[name]
-        mixture, dead = trained.network, self.dead.setdefault(name, [])
+        mixture = trained.network
         kind = "gate" if name in self.learned_gates else "control"
         full_size = mixture.conv_at == "full"
 
-        def mix(expert_logits, features, images, size):
-            outputs = ExpertOutputs(expert_logits, features, images, size)
-            dead.extend(mixture.gate.dead_share(mixture.gate_inputs(outputs)).tolist())
-            return mixture.combine(outputs) if full_size else mixture.mix(outputs)
+        def mix(*outputs):
+            return (mixture.combine if full_size else mixture.mix)(ExpertOutputs(*outputs))
 
-        return gate_row(name, experts, mix, kind, full_size)
+        def dead(*outputs):
+            return mixture.gate.dead_share(mixture.gate_inputs(ExpertOutputs(*outputs)))
+
+        return gate_row(name, experts, mix, kind, full_size, dead)
 
     def control_rows(self, constant: Sequence[float] | None) -> list[Row]:
         """What a gate has to beat: rows that know less, or that know the subset, or have the same convolution."""

@@ -178,12 +178,7 @@ def load_gate(
             )
         experts[expert["name"]] = trained
     mixture = build_mixture(experts, Gate.model_validate(metadata["gate"]))
-    try:
-        mixture.load_trainable_state(tensors)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(
-            f"{key}: {file} doesn't fit its own description: {str(error).splitlines()[-1].strip()}"
-        ) from None
+    copy_tensors(mixture.trainable_state(), tensors, f"{key}: {file}")
     return Trained(file, mixture.eval().requires_grad_(False), metadata, tensors_sha256(tensors)), experts
 
 

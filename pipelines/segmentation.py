@@ -15,7 +15,7 @@ from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, train_loader
 from engine.adversarial import Adversary
 from engine.checkpoints import load_metadata
-from engine.config import Data, Run, UserError
+from engine.config import IGNORE, Data, Run, UserError
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
 from engine.randomness import random_state, seed_everything
@@ -148,7 +148,7 @@ def build(run: Run, experts: dict[str, Trained], index: FrameIndex) -> tuple[nn.
 
 
 def phases_of(
-    run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device, ignore_index: int = 255
+    run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device, ignore_index: int = IGNORE
 ) -> list[Phase]:
     """What is trained in a step: a network, a gate, or what a shared encoder's training asks for."""
     settings = run.train

@@ -340,7 +340,7 @@ def state_of(stage: Stage, records: "Records", forced: bool = False) -> State:
         return State(stage.name, False, tuple(reasons))
     if not record["done"]:
         return State(stage.name, False, ("was interrupted, goes on",), resumable=True)
-    if record["result"] != result_hash(stage):
+    if record.get("result") != result_hash(stage):
         return State(stage.name, False, ("its result is missing or was changed",))
     return State(stage.name, True)
 
@@ -407,15 +407,24 @@ class Records:
     """stages.json in the pipeline's folder: key, ingredients and result of every stage that was started."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.entries = json.loads(path.read_text()) if path.exists() else {}
+        self.path, self.entries = path, {}
+        if not path.exists():
+            return
+        try:
+            self.entries = json.loads(path.read_text(encoding="utf-8"))
+            sound = all({"ingredients", "done"} <= record.keys() for record in self.entries.values())
+        except (OSError, ValueError, AttributeError):
+            sound = False
+        if not sound:
+            raise UserError(
+                f"{path}: damaged; put back an earlier copy, or delete it, and every stage runs again from the start"
+            )
 
     def read(self, stage: str) -> dict | None:
         return self.entries.get(stage)
 
     def write(self, stage: str, record: dict) -> None:
         self.entries[stage] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(self.path, json.dumps(self.entries, indent=1).encode())
 
 

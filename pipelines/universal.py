@@ -19,6 +19,7 @@ from attacks.universal import Universal, shuffled, train_universal
 from dataloaders.cache import FrameCache, open_cache
 from dataloaders.frames import FrameIndex
 from engine.checkpoints import atomic_write
+from engine.command import run
 from engine.config import Data, Evaluation, Run, UserError, load
 from evaluation.formats import percent
 from evaluation.targets import class_weights, exact_float32, under_attack
@@ -112,36 +113,28 @@ def samples_of(
     return Samples(open_cache(index, frames, data.image_size, data.resize, data.cache_dir), device)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 the user's mistake."""
+def main(argv: Sequence[str]) -> int:
     given = _parser().parse_args(argv)
-    try:
-        config = load(given.config, given.overrides)
-        if isinstance(config, Run):
-            config = as_evaluation(config)
-        if not isinstance(config, Evaluation):
-            raise UserError(f"{given.config}: names no row of an evaluation")
-        found = train_on_row(
-            config,
-            given.row,
-            Threat(given.eps, given.norm),
-            device=pick_device(given.device),
-            frames=given.frames,
-            loss=given.loss,
-            epochs=given.epochs,
-            inner_steps=given.inner_steps,
-            step_size=given.step_size,
-            tile=given.tile and tuple(given.tile),
-            random_start=given.random_start,
-            seed=given.seed,
-        )
-        atomic_write(Path(given.file), found.to_bytes())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    config = load(given.config, given.overrides)
+    if isinstance(config, Run):
+        config = as_evaluation(config)
+    if not isinstance(config, Evaluation):
+        raise UserError(f"{given.config}: names no row of an evaluation")
+    found = train_on_row(
+        config,
+        given.row,
+        Threat(given.eps, given.norm),
+        device=pick_device(given.device),
+        frames=given.frames,
+        loss=given.loss,
+        epochs=given.epochs,
+        inner_steps=given.inner_steps,
+        step_size=given.step_size,
+        tile=given.tile and tuple(given.tile),
+        random_start=given.random_start,
+        seed=given.seed,
+    )
+    atomic_write(Path(given.file), found.to_bytes())
     about = found.metadata
     print(
         f"{given.file}: of epoch {about['chosen_epoch']}, {percent(min(about['accuracy']))} % of val's pixels right, "
@@ -193,4 +186,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from engine.config import IGNORE
 from evaluation.evaluate import Sample
 from evaluation.results import Results, RowInfo
 from evaluation.rows import is_combination
@@ -20,7 +21,6 @@ CASE_COLORS = ("#8a97a5", "#b2182b", "#54278f")  # agree and followed, agree and
 SEVERAL_COLOR = "#4a7ba6"
 INK, MUTED, NO_LABEL = "#1f2933", "#616e7c", (225, 225, 225)
 WIDTH, DPI = 400, 100  # pixels of a panel
-IGNORE = 255
 
 
 def overlay(sample: Sample, results: Results, palette: Sequence[tuple[int, int, int]]) -> bytes:

@@ -27,7 +27,7 @@ ALLOWED = {
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},
     "attacks": {"engine.config"},
-    "dataloaders": {"engine.config", "engine.disk"},
+    "dataloaders": {"engine.command", "engine.config", "engine.disk"},
     "metrics": {"engine.config"},
 }
 # What engine.config is made of; it is read before anything heavy, so it imports nothing heavy itself.

@@ -199,6 +199,20 @@ def test_checks_between_keys(write, text, changes, line):
     assert line is None or found.split(": ", 1)[1] == line
 
 
+def test_all_mistakes_between_keys_are_told_at_once(write):
+    adversarial = {"attack": "pgd", "eps": 0.01, "steps": 1}
+    changes = {"ensemble": {"type": "mean"}, "experts": {"a": "b"}, "cache": {"budget": "1GB"}}
+    assert sorted(
+        line.split(": ", 1)[1]
+        for line in refused(write(MOE), **changes, **{"train.adversarial": adversarial})
+    ) == [
+        "cache: needs experts and a gate to train: it keeps what frozen experts say",
+        "cache: stands beside train.adversarial: what experts say changes with the attack",
+        "ensemble: stands beside gate; a run has one of gate, gates, ensemble",
+        "experts: gate needs at least 2 of them, found 1",
+    ]
+
+
 def test_runs_that_fit_together(write):
     assert (
         load(write(MOE), {"gate": {"type": "uniform"}, "experts": {"only": "runs/x"}}).gate.name == "uniform"

@@ -103,13 +103,14 @@ def test_sample_is_of_labelled_pixels_seeded_and_the_same_for_any_batch_size():
         assert torch.equal(y.sort()[0], truth[truth != 255].long().sort()[0])
 
 
-def test_every_expert_gets_the_temperature_of_its_own_logits():
+def test_every_expert_gets_the_temperature_of_its_own_logits(monkeypatch):
+    monkeypatch.setattr("engine.temperatures.PIXELS", 10**6)
     logits, labels = calibrated(33 * 50 * 2, classes=5)
     full = logits.float().T.reshape(5, 2, 33, 50).movedim(1, 0)
     full = F.pad(full, (0, 14, 0, 15))  # the padded grid is 48 x 64, no upsampling
     labels = labels.view(2, 33, 50)
     experts = torch.stack([0.5 * full, 4 * full], dim=1)
-    cold, hot = fit_temperatures(in_batches(experts, labels, 1), padded, pixels=10**6)
+    cold, hot = fit_temperatures(in_batches(experts, labels, 1), padded)
     alone = fit_temperature(logits, labels.flatten())
     assert cold == pytest.approx(0.5 * alone, rel=1e-3) and hot == pytest.approx(4 * alone, rel=1e-3)
 

@@ -82,10 +82,11 @@ def test_the_quick_suite_finds_what_was_implanted_into_sound_targets(target):
     assert finding.eps == THREAT.eps
 
 
-def test_plain_attacks_don_t_find_it_behind_a_hard_gate():
+def test_plain_attacks_don_t_find_it_behind_a_hard_gate(monkeypatch):
+    monkeypatch.setattr("evaluation.active_test.CANDIDATES", 30)
     target = targets()[2]
     images, labels = target.model.samples(COUNT)
-    (finding,) = active_test(target, images, labels, THREAT, [PGD], candidates=30)
+    (finding,) = active_test(target, images, labels, THREAT, [PGD])
     assert finding.severity == "flag" and "too weak here" in finding.text
 
 
@@ -107,19 +108,6 @@ def test_an_attack_of_one_tiny_step_fires_it():
     )
     (finding,) = active_test(targets()[0], IMAGES, LABELS, THREAT, [weak])
     assert finding.severity == "flag" and finding.text.startswith("attacks found 0 of 4")
-
-
-def test_with_a_flat_part_there_is_no_gradient_at_the_image_but_the_witness_stays_wrong():
-    target, valid = targets()[0], LABELS != 255
-    gradients = []
-    for flat in (0.0, 0.5):
-        copy = implant(target, IMAGES, LABELS, THREAT, flat=flat)
-        assert not (copy.target.model(copy.witness).argmax(1) == LABELS)[valid].any()
-        leaf = IMAGES.clone().requires_grad_()
-        gradients.append(torch.autograd.grad(copy.target.model(leaf).square().sum(), leaf)[0].abs().max())
-    assert gradients[0] > 0 == gradients[1]
-    (finding,) = active_test(target, IMAGES, LABELS, THREAT, [PGD], flat=0.8)
-    assert finding.severity == "note" and "80.00 % flat" in finding.check  # no attack has to pass it
 
 
 def test_where_nothing_moves_the_outputs_there_is_nothing_to_implant():

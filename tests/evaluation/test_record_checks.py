@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-from attacks.threat import Threat
-from evaluation.checks import run_checks
 from evaluation.findings import Flags
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import Scene
@@ -218,10 +216,6 @@ def test_the_trap_in_a_real_ledger_is_flagged_and_its_soft_control_is_not(tmp_pa
         attack_all(folder, scenes, [target], own, setup, log=str)
         found = check_manifest(read_manifest(folder), read_units(folder))
         flagged[gate] = {one.check: one.text for one in found if one.severity == "flag"}
-        whole = [one for records in read_units(folder).values() for one in records]
-        threat = Threat(EPS, ignore_index=setup.ignore_index, seeds=(0, 1))
-        every = run_checks([target], images, labels, threat, own, whole)
-        assert [one for one in every if one in found] == found and len(every) > len(found)
     # the gate of all clean images is at the first expert, which is what the trap is made for
     assert set(flagged["hard"]) == {"masking", "gate collapse"}
     assert "leaves 0.00 % of accuracy, the common one 100.00 %: 100.00 points" in flagged["hard"]["masking"]

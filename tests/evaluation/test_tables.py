@@ -2,10 +2,12 @@
 
 import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from engine.command import run
 from engine.config import UserError
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
 from evaluation.seeds import main, summary
@@ -108,7 +110,8 @@ def test_rows_are_grouped_by_kind_and_costs_stand_beside_them():
 
 
 def test_files_hold_fractions_in_csv_and_percent_elsewhere(tmp_path):
-    write_tables(tmp_path, results(), {"moe": Cost(5_000_000, note="a & b")}, SUBSETS, {"moe": 0.25})
+    found = replace(results(), dead={"moe": np.full(4, 0.25)})
+    write_tables(tmp_path, found, {"moe": Cost(5_000_000, note="a & b")}, SUBSETS)
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == RESULT_COLUMNS
@@ -188,5 +191,5 @@ def test_seeds_tell_what_is_wrong(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             summary([tmp_path / folder for folder in folders])
-    assert main([str(tmp_path / "nowhere")]) == 2
+    assert run(main, [str(tmp_path / "nowhere")]) == 2
     assert "no matrix.csv" in capsys.readouterr().err

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import UserError
-from evaluation.statistics import Resamples
+from evaluation.statistics import ClassCounts, Resamples
 from evaluation.worst_case import (
-    counts_of,
     estimate_worst_miou,
     fewest_right,
     lowest_balance,
@@ -48,7 +47,7 @@ def exact(matrices, weights=None):
 
 
 def of(matrices, **keys):
-    return worst_miou(counts_of(matrices), **keys)
+    return worst_miou(ClassCounts.of(matrices), **keys)
 
 
 small = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 4), st.integers(0, 10**6))
@@ -89,7 +88,10 @@ def test_the_order_of_images_and_attacks_does_not_matter(case, random):
     one, other = of(matrices), of(matrices[attacks][:, images])
     assert other.upper == pytest.approx(one.upper, abs=1e-12)
     assert other.lower == pytest.approx(one.lower, abs=1e-12)
-    first, second = worst_aacc(counts_of(matrices)), worst_aacc(counts_of(matrices[attacks][:, images]))
+    first, second = (
+        worst_aacc(ClassCounts.of(matrices)),
+        worst_aacc(ClassCounts.of(matrices[attacks][:, images])),
+    )
     assert (second.pooled, second.image_mean) == pytest.approx((first.pooled, first.image_mean))
 
 
@@ -102,7 +104,7 @@ def test_another_attack_never_raises_the_worst_case(case):
     after = of(matrices, previous=before.selection)
     assert after.upper <= before.upper
     assert after.lower <= before.lower
-    fewer, more = worst_aacc(counts_of(matrices[:-1])), worst_aacc(counts_of(matrices))
+    fewer, more = worst_aacc(ClassCounts.of(matrices[:-1])), worst_aacc(ClassCounts.of(matrices))
     assert more.pooled <= fewer.pooled and more.image_mean <= fewer.image_mean
 
 
@@ -148,7 +150,7 @@ def test_the_lower_bound_is_the_mean_of_the_lowest_iou_of_each_class(case):
     selections = product(range(matrices.shape[0]), repeat=matrices.shape[1])
     ious = np.array([iou_per_class(total(matrices, selection)) for selection in selections])
     expected = ious[:, bracket.classes].min(axis=0)
-    assert lowest_ious(counts_of(matrices), bracket.classes) == pytest.approx(expected, abs=1e-15)
+    assert lowest_ious(ClassCounts.of(matrices), bracket.classes) == pytest.approx(expected, abs=1e-15)
     assert bracket.lower == pytest.approx(expected.mean(), abs=1e-15)
 
 
@@ -168,7 +170,7 @@ def test_the_bound_is_exact_where_one_class_counts_and_far_off_where_classes_pul
 @given(small)
 def test_the_accuracy_takes_the_fewest_right_pixels_of_each_image(case):
     matrices = attacked(*case)
-    worst, right = worst_aacc(counts_of(matrices)), np.trace(matrices, axis1=2, axis2=3)
+    worst, right = worst_aacc(ClassCounts.of(matrices)), np.trace(matrices, axis1=2, axis2=3)
     labelled = matrices[0].sum(axis=(1, 2))
     assert worst.pooled == pytest.approx(right.min(axis=0).sum() / labelled.sum())
     there = labelled > 0  # images without labels don't count
@@ -182,7 +184,7 @@ def test_starts_by_hand():
     matrices[0, 0] = [[90, 0], [0, 10]]
     matrices[1, 0] = [[60, 30], [0, 10]]  # 70 right, balanced (2/3 + 1) / 2
     matrices[2, 0] = [[90, 0], [10, 0]]  # 90 right, balanced 1/2
-    counts = counts_of(matrices)
+    counts = ClassCounts.of(matrices)
     assert fewest_right(counts).tolist() == [1] and lowest_balance(counts).tolist() == [2]
     assert select(counts, np.array([2])).right.tolist() == [[90, 0]]
     bracket = worst_miou(counts, names=("clean", "pgd", "segpgd"))
@@ -253,17 +255,16 @@ def test_batches_do_not_matter_and_images_that_were_mixed_up_are_refused():
     def matrices(size):
         return np.stack([of_one(answers, size) for answers in attacks])
 
-    whole = worst_aacc(counts_of(matrices(10)))
+    whole = worst_aacc(ClassCounts.of(matrices(10)))
     expected = torch.stack([(one == labels).float().mean(dim=(1, 2)) for one in attacks]).amin(dim=0).mean()
     assert whole.image_mean == pytest.approx(expected.item(), abs=1e-7)
     for size in (1, 2, 3, 4, 5, 7):
-        assert worst_aacc(counts_of(matrices(size))).image_mean == whole.image_mean
+        assert worst_aacc(ClassCounts.of(matrices(size))).image_mean == whole.image_mean
         assert of(matrices(size)).upper == of(matrices(10)).upper
     ragged = matrices(7)
     ragged[1, 7:] = matrices(7)[1, 3:6]  # the last batch of 3 under attack 1 is of other images
-    for take in (counts_of, of):
-        with pytest.raises(UserError, match="image 7 has other labels under attack 1"):
-            take(ragged)
+    with pytest.raises(UserError, match="image 7 has other labels under attack 1"):
+        of(ragged)
 
 
 def test_what_can_not_be_answered_is_refused():
@@ -274,7 +275,7 @@ def test_what_can_not_be_answered_is_refused():
     with pytest.raises(UserError, match="there is none"):
         of(np.zeros_like(matrices))
     with pytest.raises(UserError, match="no labelled pixel"):
-        worst_aacc(counts_of(np.zeros_like(matrices)))
+        worst_aacc(ClassCounts.of(np.zeros_like(matrices)))
     with pytest.raises(UserError, match="3 names for 2 attacks"):
         of(matrices, names=("a", "b", "c"))
     for previous in ([0, 1, 2, 0], [0, 1]):
@@ -286,7 +287,7 @@ def test_each_replicate_has_its_own_worst_selection():
     own, misses = 0, []
     for seed in range(4):
         matrices = attacked(3, 5, 3, seed, absent=0)
-        counts, resamples = counts_of(matrices), Resamples(list("abcde"), replicates=60, seed=seed)
+        counts, resamples = ClassCounts.of(matrices), Resamples(list("abcde"), replicates=60, seed=seed)
         worst = worst_miou(counts)
         estimate = estimate_worst_miou(resamples, counts, worst)
         assert estimate.value == worst.upper and estimate.units == 5
@@ -302,7 +303,10 @@ def test_each_replicate_has_its_own_worst_selection():
 
 def test_a_weight_is_as_good_as_copies():
     matrices = attacked(3, 12, 4, 2)
-    counts, resamples = counts_of(matrices), Resamples([f"{image:02}" for image in range(12)], replicates=5)
+    counts, resamples = (
+        ClassCounts.of(matrices),
+        Resamples([f"{image:02}" for image in range(12)], replicates=5),
+    )
     estimate = estimate_worst_miou(resamples, counts, worst_miou(counts))
     for weights, found in zip(resamples.multiplicities, estimate.replicates, strict=True):
         copies = np.repeat(matrices, weights, axis=1)
@@ -313,7 +317,10 @@ def test_a_weight_is_as_good_as_copies():
 def test_a_class_that_a_replicate_lacks_keeps_its_iou():
     matrices = attacked(2, 12, 3, 0, absent=0)
     matrices[:, 1:, 2] = 0  # class 2 is in the first image only, and predicted in others
-    counts, resamples = counts_of(matrices), Resamples([f"{image:02}" for image in range(12)], replicates=200)
+    counts, resamples = (
+        ClassCounts.of(matrices),
+        Resamples([f"{image:02}" for image in range(12)], replicates=200),
+    )
     worst = worst_miou(counts)
     found = estimate_worst_miou(resamples, counts, worst).replicates
     kept = iou_per_class(total(matrices, worst.selection))[2]
@@ -321,7 +328,7 @@ def test_a_class_that_a_replicate_lacks_keeps_its_iou():
     lacking = resamples.multiplicities[:, 0] == 0
     assert 30 < lacking.sum() < 120
     assert found[lacking] == pytest.approx((2 * others[lacking] + kept) / 3, abs=2e-3)  # other starts
-    one = counts_of(matrices[:1])
+    one = ClassCounts.of(matrices[:1])
     plain = estimate_worst_miou(resamples, one, worst_miou(one)).replicates
     ious = iou_per_class(np.tensordot(resamples.multiplicities, matrices[0], 1))
     ious[lacking, 2] = iou_per_class(matrices[0].sum(axis=0))[2]
@@ -332,7 +339,10 @@ def test_no_replicate_is_above_its_starts(monkeypatch):
     matrices = attacked(3, 12, 3, 5, absent=0)
     matrices[2] = matrices[:2].mean(axis=0).astype(int)  # a middling attack
     matrices[2, :, range(3), range(3)] += (matrices[0].sum(axis=2) - matrices[2].sum(axis=2)).T
-    counts, resamples = counts_of(matrices), Resamples([f"{image:02}" for image in range(12)], replicates=100)
+    counts, resamples = (
+        ClassCounts.of(matrices),
+        Resamples([f"{image:02}" for image in range(12)], replicates=100),
+    )
     monkeypatch.setattr("evaluation.worst_case._Search.descend", stay)
     worst = worst_miou(counts, previous=np.full(12, 2))
     from_single = estimate_worst_miou(resamples, counts, replace(worst, selection=np.full(12, 2)))
@@ -343,7 +353,7 @@ def test_no_replicate_is_above_its_starts(monkeypatch):
 
 def test_one_attack_is_the_plain_bootstrap_and_equal_models_differ_by_nothing():
     matrices = attacked(1, 20, 3, 0, absent=0)
-    counts, resamples = counts_of(matrices), Resamples([f"{image}" for image in range(20)])
+    counts, resamples = ClassCounts.of(matrices), Resamples([f"{image}" for image in range(20)])
     estimate = estimate_worst_miou(resamples, counts, worst_miou(counts))
     slow = miou(np.tensordot(resamples.multiplicities[:50], matrices[0], 1), "gt_only")
     assert estimate.replicates[:50] == pytest.approx(slow, abs=1e-12)
@@ -353,7 +363,10 @@ def test_one_attack_is_the_plain_bootstrap_and_equal_models_differ_by_nothing():
 
 def test_no_search_is_too_large_for_one_array(monkeypatch):
     matrices = attacked(5, 30, 4, 0)
-    counts, resamples = counts_of(matrices), Resamples([f"{image}" for image in range(30)], replicates=20)
+    counts, resamples = (
+        ClassCounts.of(matrices),
+        Resamples([f"{image}" for image in range(30)], replicates=20),
+    )
     whole = worst_miou(counts)
     replicates = estimate_worst_miou(resamples, counts, whole).replicates
     monkeypatch.setattr("evaluation.worst_case.CHUNK", 1)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from engine.checkpoints import copy_tensors
 from networks.gates import ClasswiseGate, SimpleGate
 from networks.moe import MixtureOfExperts, gate_channels
 from networks.normalize import Normalize
@@ -217,7 +218,7 @@ def test_temperatures_are_stored_with_a_calibrated_gate_only(toy_experts):
     model = mixture(experts, calibrate=True)
     model.expert_temperatures.copy_(torch.tensor([0.5, 2.0]))
     fresh = mixture(experts, calibrate=True)
-    fresh.load_trainable_state(model.trainable_state())
+    copy_tensors(fresh.trainable_state(), model.trainable_state(), "")
     assert fresh.expert_temperatures.tolist() == [0.5, 2.0]
     assert not any(parameter is model.expert_temperatures for parameter in model.parameters())
 
@@ -271,7 +272,7 @@ def test_a_copy_and_a_stored_state_give_the_same_mixture(toy_experts, gate, inpu
     state = {name: tensor.clone() for name, tensor in model.trainable_state().items()}
     fresh = mixture(experts, gate, input, conv=True, calibrate=True, mix="probs")
     assert not torch.equal(fresh(images), expected)
-    fresh.load_trainable_state(state)
+    copy_tensors(fresh.trainable_state(), state, "")
     assert torch.equal(fresh(images), expected)
 
 

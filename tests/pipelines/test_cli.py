@@ -73,6 +73,19 @@ def test_options_and_overrides_in_any_order(write, calls):
     assert options == Options(dry_run=True, resume=True, device="cuda:1")
 
 
+def test_a_flag_says_what_it_does_in_its_own_command(capsys):
+    told = {}
+    for command in ("train", "evaluate", "train_cnn_moe", "evaluate_cnn_moe"):
+        with pytest.raises(SystemExit):
+            main("", command, argv=["--help"])
+        told[command] = " ".join(capsys.readouterr().out.split())
+    for training, evaluating in (("train", "evaluate"), ("train_cnn_moe", "evaluate_cnn_moe")):
+        assert "--overwrite empty the run folder first" in told[training]
+        assert "--overwrite evaluate again" in told[evaluating]
+        assert "--resume go on with an evaluation that was stopped" in told[evaluating]
+        assert "last.pt" in told[training] and "last.pt" not in told[evaluating]
+
+
 def test_options_of_a_pipeline(write, calls):
     path = write(PIPELINE)
     assert (

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from engine.checkpoints import load_metadata, load_weights, save_weights
+from engine.command import run
 from engine.config import UserError, component
 from networks.cnn_moe.model import CNN
 from pipelines import export as exporting
@@ -222,7 +223,7 @@ def here(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_mistakes_are_told_in_one_line_and_nothing_is_written(here, capsys, line, told):
     before = Path("done/best.safetensors").read_bytes()
-    assert main(line.split()) == 2
+    assert run(main, line.split()) == 2
     printed = capsys.readouterr()
     assert told in printed.err and printed.err.count("\n") == 1 and not printed.out
     assert not Path("new").exists() and Path("done/best.safetensors").read_bytes() == before
@@ -236,16 +237,16 @@ def test_missing_packages_are_told_with_the_command_that_brings_them(here, capsy
         "find_spec",
         lambda name, *rest: installed[name] if name in installed else find(name, *rest),
     )
-    assert main(["plain", "--out", "new", "--onnx"]) == 2
+    assert run(main, ["plain", "--out", "new", "--onnx"]) == 2
     told = "--onnx: needs onnxscript: pip install onnx onnxscript onnxruntime\n"
     assert capsys.readouterr().err == told and not Path("new").exists()
 
 
 def test_opsets_that_the_exporter_does_not_write_are_refused(here, onnx, capsys):
-    assert main(["plain", "--out", "new", "--onnx", "--opset", "17"]) == 2
+    assert run(main, ["plain", "--out", "new", "--onnx", "--opset", "17"]) == 2
     newest = onnx.defs.onnx_opset_version()
     assert capsys.readouterr().err == f"--opset: 17 is wrong; expected 18 to {newest}\n"
-    assert main(["plain", "--out", "new", "--onnx", "--opset", str(newest + 1)]) == 2
+    assert run(main, ["plain", "--out", "new", "--onnx", "--opset", str(newest + 1)]) == 2
     assert not Path("new").exists()
 
 

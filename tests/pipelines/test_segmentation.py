@@ -75,6 +75,15 @@ def test_gate_refuses_other_experts_and_shows_both_hashes(workshop, tmp_path):
     assert tensors_sha256(changed)[:16] in str(error.value)
 
 
+def test_a_damaged_gate_is_told_with_key_and_file(workshop, tmp_path):
+    tensors, about = load_weights(workshop.run("gate") / "checkpoints/best.safetensors")
+    name = next(iter(tensors))
+    save_weights(tmp_path / "cut.safetensors", {key: tensors[key] for key in tensors if key != name}, about)
+    told = f"gates.gate: .*cut.safetensors: of another network: 1 tensors don't fit, the first is {name}"
+    with pytest.raises(UserError, match=told):
+        load_gate(str(tmp_path / "cut.safetensors"), "gates.gate")
+
+
 def test_expert_of_another_class_list_is_refused(workshop, tmp_path):
     tensors, metadata = load_weights(workshop.run("day") / "checkpoints/best.safetensors")
     save_weights(

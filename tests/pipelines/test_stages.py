@@ -278,9 +278,18 @@ def test_what_is_evaluated_changes_no_training_but_how_absent_classes_count_does
 
 def test_records_survive_as_json(folder):
     records = module.Records(folder / "stages.json")
-    records.write("day", {"key": "a", "done": True})
-    assert module.Records(folder / "stages.json").read("day") == {"key": "a", "done": True}
+    record = {"key": "a", "ingredients": {}, "done": True}
+    records.write("day", record)
+    assert module.Records(folder / "stages.json").read("day") == record
     assert json.loads((folder / "stages.json").read_text())
+
+
+@pytest.mark.parametrize("text", ["", '{"day": {"do', "[]", '{"day": 3}', '{"day": {"key": "a"}}', b"\xff"])
+def test_damaged_records_are_told_with_their_file(folder, text):
+    path = folder / "stages.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"stages.json: damaged; .* delete it, and every stage runs again"):
+        module.Records(path)
 
 
 def test_a_section_that_a_newer_version_added_and_nobody_uses_is_no_change():

@@ -6,6 +6,7 @@ import torch
 from attacks.threat import Threat
 from attacks.universal import load_universal
 from dataloaders.frames import FrameIndex
+from engine.command import run
 from engine.config import component, load
 from pipelines.matrix import load_zoo
 from pipelines.robustness import target_of_row
@@ -86,7 +87,7 @@ def test_samples_are_the_frames_evenly_spread(trained):
 
 def test_mistakes_are_told(trained, capsys):
     config, path, _ = trained
-    assert main([str(config), "nowhere", str(path), "--eps", "0.1", "--device", "cpu"]) == 2
+    assert run(main, [str(config), "nowhere", str(path), "--eps", "0.1", "--device", "cpu"]) == 2
     assert (
         "row 'nowhere': there is none of that name; allowed: day, night, ensemble mean"
         in capsys.readouterr().err
