@@ -213,7 +213,10 @@ def trainees_of(config: Run, experts: Mapping, index: FrameIndex, steps: int) ->
     found = {}
     for name, run in zip(config.gates, runs_in(config), strict=True):
         mixture, _ = build(run, experts, index)
-        [phase] = phases_of(run, mixture.train(), loss, steps, CPU)
+        mixture.to(
+            CPU, memory_format=torch.channels_last if run.train.channels_last else torch.preserve_format
+        )
+        [phase] = phases_of(run, mixture.train(), loss, steps)
         found[name] = mixture, phase
     return found
 

@@ -155,6 +155,15 @@ class EvalBatches:
         return data_loader(self.source, self.order, self.workers)
 
 
+def refuse_large_batch(frames: int, batch_size: int) -> None:
+    """UserError for fewer frames than one batch."""
+    if frames < batch_size:
+        raise UserError(
+            f"train.batch_size: {batch_size} is more than the {frames} frames that data.subsets gives; "
+            f"allowed: 1..{frames}, or name more subsets"
+        )
+
+
 def train_loader(
     index: FrameIndex,
     frames: Sequence[Frame],
@@ -172,11 +181,7 @@ def train_loader(
     `augment` is what `transforms.augmentation` takes. The order of an epoch depends on (seed, epoch), the
     changes of a sample on (seed, epoch, its place in `frames`). Raises UserError for fewer frames than one
     batch and for sources or a cache that cannot be used."""
-    if len(frames) < batch_size:
-        raise UserError(
-            f"train.batch_size: {batch_size} is more than the {len(frames)} frames that data.subsets gives; "
-            f"allowed: 1..{len(frames)}, or name more subsets"
-        )
+    refuse_large_batch(len(frames), batch_size)
     cache = open_cache(index, frames, image_size, resize, cache_dir)
     return TrainBatches(Batches(cache, augmentation(augment, image_size), seed), batch_size, workers)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.average import Average
-from engine.checkpoints import save_weights
+from engine.checkpoints import load_weights, save_weights
 from engine.config import UserError
 from engine.progress import Progress
 from engine.randomness import random_state, set_random_state
@@ -168,9 +168,23 @@ class Training:
         if at.best is None or math.isnan(at.best) or figures[monitor] > at.best:
             at.best, at.best_epoch = figures[monitor], at.epoch + 1
             tensors, metadata = self.weights(self.model)
-            added = {"epoch": at.best_epoch, "steps": at.step, "images_seen": at.images_seen}
+            added = {
+                "epoch": at.best_epoch,
+                "steps": at.step,
+                "images_seen": at.images_seen,
+                "budget": self.seen(),
+            }
             added |= {"monitor": monitor, "metrics": dict(figures)}
             save_weights(self.run.best, tensors, {**metadata, **added})
+
+    def seen(self) -> dict[str, int]:
+        """Optimiser steps and images of the training so far."""
+        return {"steps": self.at.step, "images": self.at.images_seen}
+
+    def settle(self) -> None:
+        """The file of the best weights says what the whole training took, the epochs after the best one included."""
+        tensors, metadata = load_weights(self.run.best)
+        save_weights(self.run.best, tensors, {**metadata, "budget": self.seen()})
 
     def close_epoch(self, figures: Mapping[str, float | None], seconds: float, due: bool) -> None:
         """The epoch's rows, early stop and last.pt. seconds: of the validation; due: there was one."""
@@ -184,6 +198,8 @@ class Training:
                 f"{self.name}early stop: {settings.monitor} is no better than {at.best} of epoch {at.best_epoch}"
             )
         at.finished = late or epoch == settings.epochs
+        if at.finished and self.run.best.exists():
+            self.settle()
         at.epoch, at.batch, at.epoch_images, at.seconds, at.waited = epoch, 0, 0, 0.0, 0.0
         self.state.sums.zero_()
         self.save()

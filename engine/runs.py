@@ -23,6 +23,7 @@ from engine.config import UserError, dump
 
 # May differ between a run and its resumption: they change no step of the training.
 FREE_TO_DIFFER = ("evaluate", "data.workers", "data.cache_dir", "output")
+DECIDES = ("evaluate.absent",)  # but this one: validation counts its classes, and chooses the best epoch
 
 PACKAGES = (
     "torch", "torchvision", "numpy", "segmentation-models-pytorch", "timm", "albumentations",
@@ -156,7 +157,9 @@ def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tu
     """(dotted key, value before, value now) of all keys that must be equal to resume and are not."""
     old, new = dict(_flat(before)), dict(_flat(now))
     keys = [
-        key for key in {**old, **new} if not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_DIFFER)
+        key
+        for key in {**old, **new}
+        if key in DECIDES or not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_DIFFER)
     ]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 

@@ -12,7 +12,6 @@ from engine.values import (
     Bool,
     Bytes,
     Float,
-    Int,
     Name,
     NonNegative,
     NonNegativeInt,
@@ -131,7 +130,7 @@ class Gate(ComponentSection):
         "full", description="loss on upsampled logits, or (quick) on their own grid with labels reduced to it"
     )
     optimizer: Optimizer | None = Field(None, description="of this gate; null: train.optimizer")
-    seed: Int | None = Field(None, description="seed of its first weights; null: train.seed")
+    seed: NonNegativeInt | None = Field(None, description="seed of its first weights; null: train.seed")
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
@@ -232,7 +231,7 @@ class BasicTrain(Section):
     save_steps: PositiveInt | None = Field(
         200, description="steps between saves of last.pt; null: once an epoch"
     )
-    seed: Int = Field(304, description="seed of first weights, order and augmentation")
+    seed: NonNegativeInt = Field(304, description="seed of first weights, order and augmentation")
     deterministic: Bool = Field(
         False, description="on a GPU exact kernels, slower, and a warning where an operation has none"
     )
@@ -297,7 +296,9 @@ class Corruptions(Section):
     severities: Annotated[list[int], PlainValidator(_severities)] = Field(
         [1, 2, 3, 4, 5], description="how strong, from 1 to 5"
     )
-    seed: Int = Field(0, description="seed of what is random in them; each image has its own numbers")
+    seed: NonNegativeInt = Field(
+        0, description="seed of what is random in them; each image has its own numbers"
+    )
 
     @property
     def chosen(self) -> list[str]:
@@ -339,7 +340,7 @@ class Evaluate(Section):
         description="all, blocks (a frame of each block of neighbours), or a number of frames far apart",
     )
     attack_batch_size: PositiveInt = Field(4, description="frames attacked together: part of the result")
-    attack_seed: Int = Field(0, description="seed of random starts")
+    attack_seed: NonNegativeInt = Field(0, description="seed of random starts")
     attack_checks: Bool = Field(
         True,
         description="check the attacked networks on two images: gradients, batches, an implanted weakness",
@@ -593,7 +594,7 @@ class Pipeline(Config):
 
     name: Name = Field(description="name of the pipeline; its folder is OUTPUT/NAME")
     output: Text = Field("runs", description="folder of the run folders")
-    seed: Int = Field(0, description="added to train.seed of every stage")
+    seed: NonNegativeInt = Field(0, description="added to train.seed of every stage")
     set: dict[Text, Any] = Field(default_factory=dict, description="dotted keys -> values, for every stage")
     jobs: PositiveInt = Field(1, description="stages that run at the same time, sharing the cores")
     stages: dict[Name, Stage] = Field(

@@ -20,10 +20,9 @@ def gate_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
     """Lines of gate.csv: statistics of every gate's weights per subset, class and expert.
 
     Class "" is the weight of the image: the mean over the classes where a gate has weights per class. Its lines
-    also have the regret of the gate on the subset. pearson_luma and spearman_luma correlate the weights with the
-    mean luma of the images; dead_share is of all images."""
+    also have the regret of the gate on the subset, and dead_share: the mean share of its hidden units that say nothing
+    of an image. pearson_luma and spearman_luma correlate the weights with the mean luma of the images."""
     rows = []
-    dead = {name: sum(shares.tolist()) / len(shares) for name, shares in results.dead.items()}
     for name in results.names("gate"):
         for subset in subsets:
             mask = results.mask(subset)
@@ -42,10 +41,11 @@ def gate_rows(results: Results, subsets: Sequence[str]) -> list[dict]:
                     "mean_entropy": float(statistics.mean_entropy[0]),
                     "entropy_max": statistics.entropy_max,
                     "collapsed": int(statistics.collapsed[0]),
-                    "dead_share": dead.get(name),
                     "n_images": statistics.images,
                 }
                 if not class_name:
+                    if name in results.dead:
+                        about["dead_share"] = float(results.dead[name][mask].mean(dtype=np.float64))
                     about |= {f"regret_{key}": value for key, value in regret(results, name, subset).items()}
                 for index, expert in enumerate(results.row(name).experts):
                     series = part[:, index, 0], results.luma[mask]

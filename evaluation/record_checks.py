@@ -157,7 +157,11 @@ def weaker_attacks(bout: Bout) -> list[Finding]:
             f"{weaker} takes {percent(gain)} points of accuracy from the white-box attacks' {percent(base)} %"
         )
         if gain > ALARM:
-            found.append(bout.finding("weaker attacks", "flag", f"{text}: gradients are masked", name))
+            found.append(
+                bout.finding(
+                    "weaker attacks", "flag", f"{text}: gradients are masked, or too few steps", name
+                )
+            )
         else:
             found.append(bout.finding("weaker attacks", "ok", text, name))
     return found

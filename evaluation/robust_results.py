@@ -223,17 +223,27 @@ class RobustResults:
     def of_role(self, role: str) -> list[str]:
         return [name for name, target in self.targets.items() if target["role"] == role]
 
+    @property
+    def rivals(self) -> list[str]:
+        """What gates are compared with: ensembles, then baselines."""
+        return [*self.of_role("ensemble"), *self.of_role("baseline")]
+
     def differences(self, eps: float, column: Column) -> dict[tuple[str, str], dict[str, Estimate]]:
-        """(gate, ensemble) -> worst case of the gate minus that of the ensemble, on the same resamples."""
+        """(gate, rival) -> worst case of the gate minus that of the rival, on the same resamples."""
         return {
-            (gate, ensemble): {
+            (gate, rival): {
                 name: self.worst(gate, eps, column).figures[name]
-                - self.worst(ensemble, eps, column).figures[name]
+                - self.worst(rival, eps, column).figures[name]
                 for name in FIGURES
             }
             for gate in self.of_role("gate")
-            for ensemble in self.of_role("ensemble")
+            for rival in self.rivals
         }
+
+    def gaps(self, target: str, eps: float) -> dict[str, Estimate]:
+        """Common worst case minus the adaptive one: what attacks find that know the target, on the same resamples."""
+        common, adaptive = (self.worst(target, eps, column).figures for column in COLUMNS)
+        return {name: common[name] - adaptive[name] for name in FIGURES}
 
 
 def within_floor(estimate: Estimate, floor: float) -> bool:

@@ -135,8 +135,10 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
         rows.append({**base, "model": FLOOR, "kind": "floor", "metric": name, "value": value})
     for eps in results.ladder:
         for column in COLUMNS:
-            for (gate, ensemble), found in results.differences(eps, column).items():
-                add(f"{gate} - {ensemble}", "difference", f"worst of {column}", eps, found)
+            for (gate, rival), found in results.differences(eps, column).items():
+                add(f"{gate} - {rival}", "difference", f"worst of {column}", eps, found)
+        for gate in results.of_role("gate"):
+            add(gate, "difference", "worst of common - worst of adaptive", eps, results.gaps(gate, eps))
     return rows
 
 
@@ -178,6 +180,7 @@ def robust_markdown(results: RobustResults, beside: Beside = NOTHING) -> str:
     for eps in results.ladder:
         lines += ["", f"## eps {eps_text(eps)}: worst case", "", *worst_table(results, eps, flags)]
         lines += ["", *difference_lines(results, eps)]
+        lines += ["", *gap_lines(results, eps)]
     for eps in results.ladder:
         lines += ["", f"## eps {eps_text(eps)}: single attacks, mIoU / aAcc", "", *single_table(results, eps)]
         lines += ["", f"Images won, by accuracy, at eps {eps_text(eps)}:", ""]
@@ -338,7 +341,7 @@ def won_lines(results: RobustResults, eps: float) -> Iterable[str]:
 
 
 def difference_lines(results: RobustResults, eps: float) -> list[str]:
-    """The gate with the highest adaptive worst case against each ensemble, and what that says."""
+    """The gate with the highest adaptive worst case against each ensemble and baseline, and what that says."""
     differences = results.differences(eps, "adaptive")
     if not differences:
         return []
@@ -346,18 +349,32 @@ def difference_lines(results: RobustResults, eps: float) -> list[str]:
     for name in ("miou", "aacc"):
         values = {
             model: results.worst(model, eps, "adaptive").figures[name]
-            for model in (*results.of_role("gate"), *results.of_role("ensemble"))
+            for model in (*results.of_role("gate"), *results.rivals)
         }
         best = max(results.of_role("gate"), key=lambda gate: values[gate].value)
-        for ensemble in results.of_role("ensemble"):
-            gap = differences[best, ensemble][name]
+        for rival in results.rivals:
+            gap = differences[best, rival][name]
             low, high = gap.interval()
-            at_floor = all(within_floor(values[model], floor[name]) for model in (best, ensemble))
-            shown = f"{TITLES[name]}, adaptive: {best} - {ensemble} = {percent(gap.value)}"
-            shown += "" if math.isnan(low) else in_brackets(low, high)
+            at_floor = all(within_floor(values[model], floor[name]) for model in (best, rival))
+            shown = (
+                f"{TITLES[name]}, adaptive: {best} - {rival} = {percent(gap.value)}{in_brackets(low, high)}"
+            )
             lines.append(f"- {shown}: {verdict(low, high, at_floor)}.")
     chosen = len(results.of_role("gate")) > 1
     return [*lines, *["", "The gate is the best of several on these very images, which favours it."] * chosen]
+
+
+def gap_lines(results: RobustResults, eps: float) -> list[str]:
+    """What attacks find that know a gate, beyond those that don't."""
+    lines = []
+    for model in results.of_role("gate"):
+        gaps = results.gaps(model, eps)
+        told = (
+            f"{percent(gaps[name].value)}{in_brackets(*gaps[name].interval())} {TITLES[name]}"
+            for name in ("miou", "aacc")
+        )
+        lines.append(f"- {model}: {', '.join(told)}")
+    return ["Common minus adaptive worst case, in points:", "", *lines] if lines else []
 
 
 def verdict(low: float, high: float, at_floor: bool) -> str:

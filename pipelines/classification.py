@@ -34,6 +34,10 @@ def train(config: Classification, options) -> list[Result] | None:
         check_run_folder(folder_of(config), config.resolved(), **flags)
     images = config.data.build(config.data.cache_dir)
     model = build(config, images)
+    settings, data = config.train, config.data
+    batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
+    phases = phases_of(config, model, optimizer_steps(batches, settings))
+    refuse_idle_experts(config, images)
     about_it = [*describe_costs(model, images.size), *describe_start(config, model)]
     if options.dry_run:
         title = f"{config.name}: {config.network.name} {config.network.args['arch']}"
@@ -43,16 +47,16 @@ def train(config: Classification, options) -> list[Result] | None:
     folder.log(f"{config.name}: {images.describe()}, {device}")
     for line in about_it:
         folder.log(line)
-    settings, data = config.train, config.data
-    batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
     fresh = not (settings.start_from or folder.last.exists())
     if settings.balanced_start and fresh and hasattr(model, "router"):
         balance(model, images.split("train"))
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    model.to(device, memory_format=layout)
     clusters = clusters_of(config, images)
     about = description(config, images, model)
     learner = Learner(
         model,
-        phases_of(config, model, optimizer_steps(batches, settings), device),
+        phases,
         folder,
         weights=lambda model: (model.state_dict(), about),
         identity={"data": about["data"]},
@@ -116,11 +120,20 @@ def describe_start(config: Classification, model: nn.Module) -> list[str]:
     ]
 
 
-def phases_of(config: Classification, model: nn.Module, steps: int, device: torch.device) -> list[Phase]:
+def refuse_idle_experts(config: Classification, images: ImageSet) -> None:
+    """UserError where the router's target leaves experts out."""
+    router = config.train.router or RouterTraining()
+    experts = config.network.args.get("num_experts", 1)
+    if config.train.method == "advmoe" and router.target == "label_mod" and experts > images.num_classes:
+        raise UserError(
+            f"train.router.target: label_mod sends {images.num_classes} classes to as many experts, and "
+            f"network.num_experts is {experts}: the others would get nothing; take fewer, or target: cluster"
+        )
+
+
+def phases_of(config: Classification, model: nn.Module, steps: int) -> list[Phase]:
     """One phase for everything; for advmoe one for the pathways, one for the router."""
     train = config.train
-    layout = torch.channels_last if train.channels_last else torch.preserve_format
-    model.to(device, memory_format=layout)
     if train.method == "standard":
         optimizer = train.optimizer.build(groups_of(model))
         schedule = train.schedule.build(optimizer, steps)
@@ -133,24 +146,23 @@ def phases_of(config: Classification, model: nn.Module, steps: int, device: torc
         return [Phase("network", adversary.loss, own, optimizer, schedule, adversary.attack)]
     router = train.router or RouterTraining()
     routed, own = list(model.router.parameters()), list(model.body.parameters())
-    optimizer = train.optimizer.build(own)
+    optimizer = train.optimizer.build(groups_of(model.body))
     first = Phase(
         "pathways", adversary.loss, own, optimizer, train.schedule.build(optimizer, steps), adversary.attack
     )
-    optimizer = (router.optimizer or train.optimizer).build(routed)
+    optimizer = (router.optimizer or train.optimizer).build(groups_of(model.router))
     schedule = (router.schedule or train.schedule).build(optimizer, steps)
     phase = RouterPhase(train, router)
     return [first, Phase("router", phase.loss, routed, optimizer, schedule, phase.attack, router.clip_norm)]
 
 
-def groups_of(model: nn.Module) -> list[nn.Parameter] | list[dict]:
-    """What an optimizer takes: all parameters; the scores of a sparse network, which only rank, without decay."""
-    if not hasattr(model, "scores"):
-        return list(model.parameters())
-    scores = list(model.scores.parameters())
-    ranked = set(map(id, scores))
-    others = [parameter for parameter in model.parameters() if id(parameter) not in ranked]
-    return [{"params": others}, {"params": scores, "weight_decay": 0.0}]
+def groups_of(module: nn.Module) -> list[dict]:
+    """What an optimizer takes: all parameters; those of norms, biases and a sparse network's scores, which shift, scale
+    or rank and have one dimension, without decay."""
+    one, more = [], []
+    for parameter in module.parameters():
+        (more if parameter.ndim > 1 else one).append(parameter)
+    return [{"params": more}, {"params": one, "weight_decay": 0.0}]
 
 
 def balance(model: nn.Module, split: ImageSplit) -> None:

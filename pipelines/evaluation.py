@@ -1,5 +1,6 @@
 """The evaluation pipeline: everything a config names in one pass over the frames, then tables and pictures."""
 
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -185,6 +186,9 @@ def write_evaluation(
     costs = zoo.costs(rows, config.data.image_size)
     atomic_write(folder / "config.yaml", dump(config.resolved()))
     results.save(folder / "per_image.npz")
+    shutil.rmtree(
+        folder / "overlays", ignore_errors=True
+    )  # of an earlier evaluation, of other networks maybe
     for sample in samples:
         picture = overlay(sample, results, index.palette)
         atomic_write(folder / "overlays" / f"{sample.subset}_{sample.name.replace('/', '_')}.png", picture)

@@ -21,7 +21,7 @@ from evaluation.tables import Cost
 from networks.complexity import gmacs
 from networks.ensemble import mean
 from networks.moe import ExpertOutputs
-from pipelines.models import Trained, load_gate, load_network, require_classes
+from pipelines.models import Trained, load_gate, load_network, require_classes, require_home
 
 RANDOM_GATE_SEED = 0
 CONSTANT, TRUE_SUBSET, RANDOM = "constant weights", "true subset", "random weights"
@@ -180,6 +180,8 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
         for name, source in runs.items():
             networks[name] = load_network(source, f"{group}.{name}", index.classes)
             require_classes(networks[name], index.classes, f"{group}.{name}", f"of data {index.name}")
+            if group == "experts":
+                require_home(networks[name], name, index)
     gates = {}
     for name, path in config.gates.items():
         trained, experts = load_gate(path, f"gates.{name}", networks)

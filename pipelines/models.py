@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dataloaders.frames import FrameIndex
 from engine.checkpoints import copy_tensors, load_weights, tensors_sha256
 from engine.config import Component, Gate, Run, UserError, component, table_of
 from networks.complexity import parameters
@@ -214,6 +215,17 @@ def require_network(trained: Trained, wanted: Component, key: str) -> None:
             raise UserError(
                 f"{key}: {trained.file} was built with network.{name}: {stored}, the config says {asked.get(name)}"
             )
+
+
+def require_home(trained: Trained, name: str, index: FrameIndex) -> None:
+    """UserError where an expert has the name of one subset of the data and was trained on others alone: what is told of
+    it, and where it is sent frames, would be another's."""
+    home = trained.metadata["subsets"]
+    if name in index.subsets and home and name not in home:
+        raise UserError(
+            f"experts.{name}: {trained.file} was trained on {', '.join(home)}, and {name} is another subset of data "
+            f"{index.name}; name the run of {name}, or give this expert another name"
+        )
 
 
 def require_classes(trained: Trained, classes: tuple[str, ...], key: str, owner: str) -> None:

@@ -1,5 +1,6 @@
 """The training pipeline: a config's data, network and loss, handed to the engine."""
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
-from dataloaders.loader import eval_loader, train_loader
+from dataloaders.loader import eval_loader, refuse_large_batch, train_loader
 from engine.adversarial import Adversary
 from engine.checkpoints import load_metadata
 from engine.config import IGNORE, Data, Run, UserError
@@ -35,6 +36,7 @@ from pipelines.models import (
     build_mixture,
     load_network,
     require_classes,
+    require_home,
     require_network,
     start_from,
     weights_file,
@@ -58,6 +60,7 @@ def train(config: Run, options) -> list[Result] | None:
     refuse_too_little(config)
     experts = load_experts(config, index)
     models, states = zip(*(build(run, experts, index) for run in runs), strict=True)
+    refuse_bad_recipe(config, runs, models, len(frames))
     if options.dry_run:
         for run, model in zip(runs, models, strict=True):
             print(describe(run, index, model, frames, held_out))
@@ -89,16 +92,17 @@ def train(config: Run, options) -> list[Result] | None:
         if settings.adversarial != "none":
             prepare = images_of  # each gate attacks its own mixture, so experts run in its loss
     loss = settings.loss.build(torch.from_numpy(batches.cache.class_pixels()), index.ignore_index)
+    layout = torch.channels_last if settings.channels_last else torch.preserve_format
     learners = []
     for run, folder, model, random in zip(runs, folders, models, states, strict=True):
+        model.to(device, memory_format=layout)
         about = description(run, index, model, frames, experts)
         steps = optimizer_steps(batches, settings)
         about["class_pixels"] = batches.cache.class_pixels().tolist()  # weights of class-balanced attacks
-        about["budget"] = {"steps": steps, "images": settings.epochs * settings.batch_size * len(batches)}
         learners.append(
             Learner(
                 model,
-                phases_of(run, model, loss, steps, device, index.ignore_index),
+                phases_of(run, model, loss, steps, index.ignore_index),
                 folder,
                 weights=lambda model, about=about: (live_tensors(model), about),
                 state=live_tensors,
@@ -148,12 +152,10 @@ def build(run: Run, experts: dict[str, Trained], index: FrameIndex) -> tuple[nn.
 
 
 def phases_of(
-    run: Run, model: nn.Module, loss: Callable, steps: int, device: torch.device, ignore_index: int = IGNORE
+    run: Run, model: nn.Module, loss: Callable, steps: int, ignore_index: int = IGNORE
 ) -> list[Phase]:
     """What is trained in a step: a network, a gate, or what a shared encoder's training asks for."""
     settings = run.train
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    model.to(device, memory_format=layout)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = [("network", supervised(loss), trained)]
     if run.shared_encoder:
@@ -191,6 +193,20 @@ def refuse_overlap(training: Sequence[Frame], held_out: Sequence[Frame]) -> None
         )
 
 
+def refuse_bad_recipe(config: Run, runs: Sequence[Run], models: Sequence[nn.Module], frames: int) -> None:
+    """UserError for what batches, optimizers or schedules refuse, before anything is written."""
+    settings = config.train
+    refuse_large_batch(frames, settings.batch_size)
+    steps = optimizer_steps(range(frames // settings.batch_size), settings)
+    for run, model in zip(runs, models, strict=True):
+        phases_of(run, model, settings.loss.build, steps)  # no loss is called here
+        if (
+            settings.batch_size == 1
+        ):  # some networks can't be trained so; a copy, as BatchNorm would remember it
+            with torch.no_grad():
+                copy.deepcopy(model).train()(torch.zeros(1, 3, *config.data.image_size))
+
+
 def refuse_bad_data(index: FrameIndex) -> None:
     """What --dry-run says of the data: warnings are printed, problems are a UserError with a line for each."""
     report = check_lists(index)
@@ -210,6 +226,7 @@ def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
     }
     for name, expert in experts.items():
         require_classes(expert, index.classes, f"experts.{name}", f"of data {index.name}")
+        require_home(expert, name, index)
         if config.network:
             require_network(expert, config.network, f"experts.{name}")
     return experts

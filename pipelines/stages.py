@@ -23,7 +23,7 @@ from engine.config import (
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
-VERSIONS = {"network": 1, "gate": 3, "evaluate": 2, "classifier": 1, "evaluate classifiers": 1}
+VERSIONS = {"network": 1, "gate": 3, "evaluate": 3, "classifier": 2, "evaluate classifiers": 2}
 StageConfig = Run | Evaluation | Classification | ClassifierEvaluation
 # Keys that say where and how fast, not what: they don't belong to the key of a stage.
 PLACES = (
@@ -50,7 +50,7 @@ class Stage:
     @property
     def kind(self) -> str:
         if isinstance(self.config, Run):
-            return "train" if self.config.ensemble is None else "evaluate"
+            return "train" if self.config.train and self.config.ensemble is None else "evaluate"
         return "train" if isinstance(self.config, Classification) else "evaluate"
 
     @property

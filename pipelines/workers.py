@@ -37,12 +37,17 @@ def run_here(label: str, function: Callable, *arguments) -> Future:
 
 def run_labelled(label: str, function: Callable, *arguments):
     """What the function returns; every line that it prints opens with the label."""
-    with redirect_stdout(Labelled(sys.stdout, label)), redirect_stderr(Labelled(sys.stderr, label)):
-        return function(*arguments)
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with redirect_stdout(Labelled(sys.stdout, label)), redirect_stderr(Labelled(sys.stderr, label)):
+            return function(*arguments)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
 
 
 def prepare(threads: int) -> None:
-    """Ctrl-C reaches every process of the terminal; a worker heeds it while it trains, and saves its state."""
+    """Ctrl-C reaches every process of the terminal; a worker heeds it while it has work (see run_labelled): a training
+    saves its state, an evaluation keeps its ledger."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     import torch

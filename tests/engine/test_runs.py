@@ -97,6 +97,12 @@ def test_resume_lets_evaluation_workers_cache_and_place_differ(tmp_path):
     RunFolder(tmp_path / "expert", {**other, "output": "other"}, resume=True)
 
 
+def test_what_decides_the_best_epoch_may_not_differ(tmp_path):
+    RunFolder(tmp_path / "expert", changed(evaluate={"absent": "nan", "batch_size": 1}))
+    with pytest.raises(UserError, match=r"different: evaluate.absent \(was nan, is zero\)"):
+        RunFolder(tmp_path / "expert", changed(evaluate={"absent": "zero", "batch_size": 2}), resume=True)
+
+
 def test_overwrite_starts_from_an_empty_folder(tmp_path):
     run = RunFolder(tmp_path / "expert", CONFIG)
     run.log("hello")

@@ -28,7 +28,11 @@ def test_gate_rows_per_subset_class_and_expert(results_of):
     assert by_key["urban", "", "highway"]["mean"] == pytest.approx(0.25 - 0.05)
     assert by_key["highway", "sky", "highway"]["mean"] == pytest.approx(0.85)
     assert by_key["highway", "sky", "urban"]["std"] == pytest.approx(np.std([0.9, 0.7, 0.8]))
-    assert by_key["highway", "", "urban"]["dead_share"] == 0.5
+    shares = results.dead["moe"]
+    for subset in ("highway", "urban"):
+        assert by_key[subset, "", "urban"]["dead_share"] == shares[results.mask(subset)].mean()
+    assert by_key["highway", "", "urban"]["dead_share"] != by_key["urban", "", "urban"]["dead_share"]
+    assert "dead_share" not in by_key["highway", "sky", "urban"]
     assert by_key["highway", "", "urban"]["n_images"] == 3
     assert not [key for key, row in by_key.items() if row["collapsed"]]
     high = keyed(gate_rows(results_of(weights=np.clip(classwise() * [[2], [0]], 0, 1)), ["highway"]))

@@ -317,6 +317,22 @@ def test_winners_are_named_for_each_image():
     }
 
 
+def test_what_attacks_find_that_know_the_gate_has_an_interval():
+    found = results()
+    gap = found.gaps("moe", LARGE)["aacc"]
+    assert gap.value == (6 * 15 + 6 * 20) / 240 - (6 * 15 + 6 * 11) / 240 == pytest.approx(0.225)
+    low, high = gap.interval()
+    assert 0 <= low < gap.value < high
+    (row,) = [
+        row for row in robust_rows(found)
+        if (row["model"], row.get("eps"), row["metric"], row["kind"]) == ("moe", LARGE, "aacc", "difference")
+    ]  # fmt: skip
+    assert row["attack"] == "worst of common - worst of adaptive"
+    assert (row["value"], row["ci_low"], row["ci_high"]) == (gap.value, low, high)
+    assert {one.value for one in found.gaps("mean", LARGE).values()} == {0}
+    assert "Common minus adaptive worst case" not in robust_markdown(results(targets=("mean",)))
+
+
 def test_seconds_stand_in_a_table_of_their_own():
     found = results()
     rows = list(timing_rows(found, dict.fromkeys(found.seconds_of, 2.0)))
@@ -331,7 +347,7 @@ def test_the_page_says_what_figures_need():
         "the 2 classes with ground truth in these images, of 3", "95 % bootstrap over 12 blocks",
         "## eps 1/255: worst case", "## eps 2/255: single attacks", "| 5 / 10 | 100.00 |",
         "aAcc, adaptive: moe - mean = -22.50 [", "the gate is less robust", "moe: fast at 1/255 6, sly 6",
-        ", ".join(IMAGES), f"| {FLOOR} | floor | - | 25.00 |",
+        "Common minus adaptive worst case", "22.50 [", ", ".join(IMAGES), f"| {FLOOR} | floor | - | 25.00 |",
     ):  # fmt: skip
         assert fact in text, fact
     assert "favours" not in text

@@ -204,10 +204,10 @@ def test_a_fresh_last_layer_is_new_even_for_as_many_classes(tmp_path):
 def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
     one = config(tmp_path, SPARSE, method="trades", optimizer={"name": "adamw", "weight_decay": 0.5})
     model = build(one, one.data.build(one.data.cache_dir))
-    (phase,) = phases_of(one, model, 3, torch.device("cpu"))
+    (phase,) = phases_of(one, model, 3)
     weights, scores = phase.optimizer.param_groups
     assert (weights["weight_decay"], scores["weight_decay"]) == (0.5, 0.0)
-    assert [id(p) for p in scores["params"]] == [id(p) for p in model.scores]
+    assert {id(p) for p in model.scores} < {id(p) for p in scores["params"]}
     trained = {id(p) for group in (weights, scores) for p in group["params"]}
     assert trained == {id(p) for p in phase.parameters} == {id(p) for p in model.parameters()}
     first = {name: value.clone() for name, value in model.named_parameters()}
@@ -240,6 +240,34 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
 def test_keys_that_contradict_each_other_are_refused(tmp_path, keys, told):
     with pytest.raises(ConfigError, match=told):
         config(tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    ("network", "keys", "told"),
+    [
+        (ROUTED, {"schedule": {"name": "cosine", "warmup_steps": 1000}}, "warmup_steps: 1000 is wrong"),
+        (ROUTED, {"router": {"schedule": {"name": "cosine", "warmup_steps": 1000}}}, "warmup_steps: 1000 is wrong"),
+        (PLAIN, {"method": "trades", "optimizer": {"name": "sgd", "lr": 1, "momentum": 0, "nesterov": True}},
+         "nesterov: true needs momentum"),
+        ({**ROUTED, "num_experts": 12}, {}, "train.router.target: label_mod sends 10 classes .* num_experts is 12"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(tmp_path, network, keys, told):
+    for dry in (True, False):
+        with pytest.raises(UserError, match=told):
+            train(config(tmp_path, network, **keys), Options(device="cpu", dry_run=dry))
+        assert not (tmp_path / "run").exists()
+
+
+def test_norms_and_biases_do_not_decay(tmp_path):
+    one = config(tmp_path, optimizer={"name": "sgd", "lr": 0.1, "weight_decay": 0.5})
+    model = build(one, one.data.build(one.data.cache_dir))
+    for phase in phases_of(one, model, 3):
+        weights, others = phase.optimizer.param_groups
+        assert (weights["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
+        assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in weights["params"]) == 2
+        given = {id(p) for group in (weights, others) for p in group["params"]}
+        assert given == {id(p) for p in phase.parameters}
 
 
 def test_a_dry_run_tells_the_costs_and_writes_nothing(tmp_path, capsys):

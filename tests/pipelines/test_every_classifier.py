@@ -38,7 +38,7 @@ def test_it_is_built_trained_saved_loaded_and_evaluated(tmp_path, arch, kind, si
     images, labels = torch.rand(IMAGES, 3, size, size), torch.arange(IMAGES)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model.train()
-    for phase in phases_of(config(network, name == "cnn_moe"), model, 10, torch.device("cpu")):
+    for phase in phases_of(config(network, name == "cnn_moe"), model, 10):
         total, count, norm = compute_gradients(phase, model, [(Inputs(images), labels)]).tolist()
         assert math.isfinite(total) and count == IMAGES and norm > 0
         phase.optimizer.step()

@@ -40,7 +40,7 @@ def stays_finite(ratio, enlarge, experts, target, seed, steps):
     config = from_dict(
         {"name": "one", "data": {"name": "digits"}, "network": network.plain(), "train": train}
     )
-    phases = phases_of(config, model, steps, torch.device("cpu"))
+    phases = phases_of(config, model, steps)
     split, done = digits("").split("train"), 0
     for epoch in range(steps):
         for batch in TrainBatches(split, BATCH, seed, pad=1).epoch(epoch):

@@ -115,6 +115,50 @@ def test_wrong_experts_are_refused_before_anything_is_written(workshop, change, 
     assert not workshop.run("refused").exists()
 
 
+def test_an_expert_has_the_name_of_a_subset_that_it_was_trained_on(workshop):
+    """True-subset routing would send each one the frames of the other."""
+    swapped = {"day": str(workshop.run("night")), "night": str(workshop.run("day"))}
+    message = r"experts.day: .*night.*was trained on night, and day is another subset of data folder"
+    for told in (
+        lambda: workshop.train({**workshop.gate("swapped"), "experts": swapped}, dry_run=True),
+        lambda: workshop.evaluate(evaluation_of(workshop, name="swapped", experts=swapped, gates={})),
+    ):
+        with pytest.raises(UserError, match=message):
+            told()
+    assert not workshop.run("swapped").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 1000}, "train.batch_size: 1000 is more than the 8 frames"),
+        ({"batch_size": 1}, "train.batch_size: DeepLabv3. can't be trained on a batch of 1 image"),
+        ({"schedule": {"name": "poly", "warmup_steps": 1000}}, "warmup_steps: 1000 is wrong"),
+        (
+            {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0, "nesterov": True}},
+            "needs momentum above 0",
+        ),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(workshop, change, message):
+    recipe = workshop.expert("refused", ["day"])
+    for dry in (True, False):
+        with pytest.raises(UserError, match=message):
+            workshop.train({**recipe, "train": {**recipe["train"], **change}}, dry_run=dry)
+        assert not workshop.run("refused").exists()
+
+
+def test_what_a_training_took_is_counted_not_planned(workshop):
+    """A learning rate of nearly 0 improves nothing: early stop ends after the first epoch without a gain."""
+    recipe = workshop.expert("early", ["day"])
+    still = {"epochs": 50, "early_stop": 1, "optimizer": {"name": "sgd", "lr": 1e-12, "momentum": 0}}
+    (result,) = workshop.train({**recipe, "train": {**recipe["train"], **still}})
+    assert result.epochs < 50
+    about = load_metadata(workshop.run("early") / "checkpoints/best.safetensors")
+    assert about["budget"] == {"steps": 2 * result.epochs, "images": 8 * result.epochs}
+    assert about["epoch"] <= result.epochs
+
+
 def test_gate_checkpoint_is_no_expert(workshop):
     with pytest.raises(UserError, match="holds a gate, not a network"):
         load_network(str(workshop.run("gate")), "experts.day")
@@ -221,6 +265,16 @@ def test_evaluation_is_not_overwritten_unless_asked(workshop):
     workshop.evaluate(config)
     with pytest.raises(UserError, match="--overwrite"):
         workshop.evaluate(config)
+
+
+def test_overlays_of_an_earlier_evaluation_go(workshop):
+    config = {**evaluation_of(workshop), "name": "shown"}
+    workshop.evaluate(config)
+    overlays = workshop.run("shown") / "evaluation" / "test" / "overlays"
+    assert len(list(overlays.glob("*.png"))) == 3
+    config["evaluate"] = {**config["evaluate"], "overlays": 0}
+    workshop.evaluate(config, overwrite=True)
+    assert not list(overlays.glob("*.png"))
 
 
 def test_run_configs_evaluate_as_well(workshop):

@@ -217,6 +217,44 @@ def test_shared_settings_reach_every_stage_but_training_ones_only_those_that_tra
     assert built["gate"].config.train.batch_size == 2
 
 
+def test_a_run_without_training_is_a_stage_that_evaluates(folder, capsys):
+    """Such as a network of others that is evaluated by itself."""
+    config = yaml.safe_load((folder / "gate.yaml").read_text())
+    whole = {key: config[key] for key in ("name", "output", "data", "evaluate")}
+    whole["data"]["subsets"] = ["day", "night"]
+    build = "import torch\n\ndef build():\n    return torch.nn.Conv2d(3, 3, 1)\n"
+    (folder / "theirs.py").write_text(build)
+    whole["network"] = {"name": "external", "file": str(folder / "theirs.py"), "function": "build"}
+    write_yaml(folder / "theirs.yaml", whole)
+    pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    pipeline["stages"] = {"theirs": {"config": "theirs.yaml"}}
+    write_yaml(folder / "pipeline.yaml", pipeline)
+    run(folder)
+    assert ran(capsys) == ["theirs"]
+    assert (folder / "runs/line/theirs/evaluation/test/matrix.csv").exists()
+
+
+def test_ctrl_c_ends_an_evaluation_in_a_worker(tmp_path):
+    """Outside of a training, too, a worker heeds it while it has work, and not while it waits."""
+    script = (
+        "import os, signal, sys, time\n"
+        "from pipelines.workers import run_labelled\n"
+        "def stop():\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    time.sleep(60)\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "try:\n"
+        "    run_labelled('stage', stop)\n"
+        "except KeyboardInterrupt:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('ended')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stdout) == (0, "ended\n"), done.stderr
+
+
 def test_missing_weights_are_told_by_stage_and_role(folder):
     with pytest.raises(UserError, match="stage gate needs the weights of day"):
         run(folder, only="gate")
