@@ -223,7 +223,7 @@ def epoch(batches: TrainBatches, prepare: Prepare, trainees: Sequence[Trainee], 
     for batch in itertools.islice(batches.epoch(0), steps):
         inputs, labels = prepare(batch), batch.labels.long()
         for mixture, phase in trainees:
-            compute_gradients(phase, mixture, [(inputs, labels)], bf16=True)
+            compute_gradients(phase, mixture, [(inputs, labels)], precision="bf16")
             phase.optimizer.step()
 
 
@@ -269,7 +269,7 @@ def check_that_they_agree(
     losses = []
     for prepare in (running, reading):
         total, count, _ = compute_gradients(
-            phase, mixture, [(prepare(batch), batch.labels.long())], bf16=True
+            phase, mixture, [(prepare(batch), batch.labels.long())], precision="bf16"
         )
         losses.append((total / count).item())
     losses.append(plain().item())
