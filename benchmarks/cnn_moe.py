@@ -116,7 +116,7 @@ def training(models: dict[int, CNNMoE], slim: CNN, images: Tensor, labels: Tenso
         ways[f"AdvMoE, E = {experts}, label_mod"] = ours(
             model, images, labels, router={"target": "label_mod"}
         )
-        ways[f"AdvMoE, E = {experts}, label_mod, bfloat16"] = ours(model, images, labels, bf16=True)
+        ways[f"AdvMoE, E = {experts}, label_mod, bfloat16"] = ours(model, images, labels, precision="bf16")
         ways[f"published step, E = {experts}"] = Published(model, images, labels)
     ways[ROUTER] = router_passes(next(iter(models.values())), images)
     seconds = medians(side_by_side(ways, options.repeats))
@@ -156,7 +156,9 @@ def router_passes(model: CNNMoE, images: Tensor) -> Callable[[], None]:
     return run
 
 
-def ours(model: nn.Module, images: Tensor, labels: Tensor, bf16: bool = False, **keys) -> Callable[[], None]:
+def ours(
+    model: nn.Module, images: Tensor, labels: Tensor, precision: str = "fp32", **keys
+) -> Callable[[], None]:
     """A step as the loop makes it, on a copy of the model."""
     plain = {"method": "advmoe", "epochs": 1, "eps": EPS, "steps": STEPS, "step_size": STEP, **keys}
     if plain["method"] == "advmoe":
@@ -172,7 +174,7 @@ def ours(model: nn.Module, images: Tensor, labels: Tensor, bf16: bool = False, *
 
     def run() -> None:
         for one in phases:
-            compute_gradients(one, model, [(inputs, labels)], bf16)
+            compute_gradients(one, model, [(inputs, labels)], precision)
             one.optimizer.step()
 
     return run

@@ -26,6 +26,7 @@ from torch import Tensor
 from benchmarks.timing import medians, report, side_by_side
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import Batch, TrainBatches, eval_loader, train_loader
+from engine.arithmetic import layout_of
 from engine.config import Run, from_dict
 from engine.losses import cross_entropy
 from engine.steps import Phase, compute_gradients
@@ -213,9 +214,7 @@ def trainees_of(config: Run, experts: Mapping, index: FrameIndex, steps: int) ->
     found = {}
     for name, run in zip(config.gates, runs_in(config), strict=True):
         mixture, _ = build(run, experts, index)
-        mixture.to(
-            CPU, memory_format=torch.channels_last if run.train.channels_last else torch.preserve_format
-        )
+        mixture.to(CPU, memory_format=layout_of(run.train))
         [phase] = phases_of(run, mixture.train(), loss, steps)
         found[name] = mixture, phase
     return found
@@ -226,7 +225,7 @@ def epoch(batches: TrainBatches, prepare: Prepare, trainees: Sequence[Trainee], 
     for batch in itertools.islice(batches.epoch(0), steps):
         inputs, labels = prepare(batch), batch.labels.long()
         for mixture, phase in trainees:
-            compute_gradients(phase, mixture, [(inputs, labels)], bf16=True)
+            compute_gradients(phase, mixture, [(inputs, labels)], precision="bf16")
             phase.optimizer.step()
 
 
@@ -272,7 +271,7 @@ def check_that_they_agree(
     losses = []
     for prepare in (running, reading):
         total, count, _ = compute_gradients(
-            phase, mixture, [(prepare(batch), batch.labels.long())], bf16=True
+            phase, mixture, [(prepare(batch), batch.labels.long())], precision="bf16"
         )
         losses.append((total / count).item())
     losses.append(plain().item())

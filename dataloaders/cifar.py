@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from dataloaders.image_files import by_class, decoded, source_of
+from dataloaders.image_files import by_class, classes_of, decoded, source_of
 from dataloaders.image_set import ImageSet, ImageSplit, with_val
 from engine.config import PositiveInt, UserError
 
@@ -119,7 +119,7 @@ def folder_classes(base: Path, source, classes: int) -> tuple[str, ...]:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: can't be read ({error})") from error
     else:
-        names = tuple(sorted({name.split("/")[0] for name in source.names()}))
+        names = classes_of(source)
     if len(names) != classes:
         raise UserError(f"cifar: {base} has {len(names)} classes, data.classes says {classes}")
     return names

@@ -33,8 +33,8 @@ class ImageBatch:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """All images once an epoch, in an order and with crops and flips that follow from (seed, epoch, image): batch size,
-    workers and interruptions change none of them. A last batch of one image is left out: BatchNorm can't take it."""
+    """All images once an epoch, in an order and with crops and flips that follow from (seed, epoch, image): batch size
+    and interruptions change none of them. A last batch of one image is left out: BatchNorm can't take it."""
 
     split: ImageSplit
     batch_size: int

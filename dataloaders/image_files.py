@@ -108,6 +108,11 @@ def source_of(root: Path, split: str) -> Folder | Archive | None:
     return Archive(found[0]) if found else None
 
 
+def classes_of(source: Folder | Archive) -> tuple[str, ...]:
+    """Names of the folders that its files are in, in alphabetical order."""
+    return tuple(sorted({name.split("/")[0] for name in source.names()}))
+
+
 def by_class(source: Folder | Archive, classes: Sequence[str], what: str) -> list[Labelled]:
     """Files of CLASS/... by the class's place in `classes`. UserError for a folder that is no class, or none of one."""
     places = {name: place for place, name in enumerate(classes)}

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.image_files import Labelled, by_class, decoded, source_of
+from dataloaders.image_files import Labelled, by_class, classes_of, decoded, source_of
 from dataloaders.image_lmdb import Packed, pack
 from dataloaders.image_set import ImageSet, with_val
 from engine.command import run
@@ -57,7 +57,7 @@ def find(base: Path) -> tuple[dict, dict[str, list[Labelled]], tuple[str, ...]]:
             f"imagenet: {base} holds neither {KAGGLE}/ (the Kaggle archive) nor train/ and val/, nor train.lmdb and "
             "val.lmdb"
         )
-    classes = tuple(sorted({name.split("/")[0] for name in train.names()}))
+    classes = classes_of(train)
     solution = next((one for one in (base / SOLUTION, data / SOLUTION) if one.exists()), None)
     flat = not any("/" in name for name in held_out.names())
     if flat and solution is None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dataloaders.image_files import Labelled, by_class, decoded, source_of
+from dataloaders.image_files import Labelled, by_class, classes_of, decoded, source_of
 from dataloaders.image_set import ImageSet, with_val
 from engine.config import PositiveInt, UserError
 
@@ -45,7 +45,7 @@ def class_ids(base: Path, train) -> tuple[str, ...]:
     """WordNet ids in alphabetical order: those of wnids.txt, else the folders of train."""
     if (base / "wnids.txt").exists():
         return tuple(sorted((base / "wnids.txt").read_text().split()))
-    return tuple(sorted({name.split("/")[0] for name in train.names()}))
+    return classes_of(train)
 
 
 def annotated(path: Path, wnids: tuple[str, ...]) -> list[Labelled]:

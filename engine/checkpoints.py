@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from engine.config import UserError
+from engine.config import UserError, first_line
 
 STATE_VERSION = 1  # raised when last.pt changes so that older ones can't be resumed
 
@@ -64,7 +64,7 @@ def load_state(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: damaged ({_first_line(error)}); start again with --overwrite") from error
+        raise UserError(f"{path}: damaged ({first_line(error)}); start again with --overwrite") from error
     found = state.get("version") if isinstance(state, dict) else None
     if found != STATE_VERSION:
         raise UserError(
@@ -91,7 +91,7 @@ def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: damaged weights ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged weights ({first_line(error)})") from error
     if tensors_sha256(tensors) != metadata.get("tensors_sha256"):
         raise UserError(f"{path}: damaged weights (they don't have the SHA-256 that was saved with them)")
     return tensors, metadata
@@ -105,7 +105,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get("metadata", "null"))
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path}: damaged, or no safetensors file ({_first_line(error)})") from error
+        raise UserError(f"{path}: damaged, or no safetensors file ({first_line(error)})") from error
     if not isinstance(metadata, dict):
         raise UserError(f"{path}: no metadata in it: it wasn't written by this project's training")
     return metadata
@@ -119,6 +119,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], origin: object) -> None:
@@ -149,7 +154,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

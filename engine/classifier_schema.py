@@ -1,22 +1,23 @@
 """The config of a classifier: an image set, a CNN, and how it is trained and attacked."""
 
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, PlainValidator
 
 from engine.components import Component, Named
-from engine.errors import Mistake, Mistakes, wrong
-from engine.schema import Attack, BasicTrain, Optimizer, Schedule, boundless, each_once, run_or
+from engine.errors import Mistake
+from engine.schema import Attack, BasicTrain, Optimizer, Schedule, boundless, each_once, run_or, word_or_count
 from engine.sections import ComponentSection, Config, Section
 from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
 from engine.yaml_source import expand
 
 Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
 
-METHODS = ("advmoe", "at_moe", "trades", "pgd_at", "standard")
-ROUTED = METHODS[:2]  # those that need a router
-UNROUTED = ("cnn", "sparse_cnn")  # networks that have none
+Method = Literal["advmoe", "at_moe", "trades", "pgd_at", "standard"]
+METHODS = get_args(Method)
+OF_ROUTERS = ("advmoe", "at_moe")  # methods that need a router
+WITHOUT_ROUTER = ("cnn", "sparse_cnn")  # networks that have none
 
 
 class ImageData(ComponentSection):
@@ -59,7 +60,7 @@ class RouterTraining(Section):
 class ClassifierTrain(BasicTrain):
     """How a classifier is trained. eps and steps are those of the training attack, for pixels in [0, 1]."""
 
-    method: Literal["advmoe", "at_moe", "trades", "pgd_at", "standard"] = Field(
+    method: Method = Field(
         description="advmoe (pathways given the router, router given the pathways, in turn), at_moe (both at once), "
         "trades, pgd_at (cross-entropy of attacked images), standard (no attack)"
     )
@@ -112,12 +113,6 @@ class ClassifierTrain(BasicTrain):
         return mistakes
 
 
-def _count(value: Any) -> str | int:
-    if value == "all" or (type(value) is int and value > 0):
-        return value
-    raise Mistakes(wrong(value, "all, or a whole number above 0"))
-
-
 class ClassifierEvaluate(Section):
     """What is measured of classifiers, on which images, and how they are attacked."""
 
@@ -126,7 +121,7 @@ class ClassifierEvaluate(Section):
     images_seed: NonNegativeInt = Field(
         0, description="seed of the order from which the images to attack are taken, the first ones of it"
     )
-    attack_images: Annotated[str | int, PlainValidator(_count)] = Field(
+    attack_images: Annotated[str | int, word_or_count("all")] = Field(
         1000, description="images to attack: all, or a number"
     )
     suite: Literal["none", "quick", "standard"] = Field(
@@ -222,7 +217,7 @@ class Classification(Config):
         )
         method, name = train.get("method"), network.get("name")
         mistakes = [] if train.get("eps") or train.get("val_eps") else missing_eps(data.get("evaluate"))
-        if method in ROUTED and name in UNROUTED:
+        if method in OF_ROUTERS and name in WITHOUT_ROUTER:
             told = f"{method} trains a router, and a {name} has none; allowed: trades, pgd_at, standard"
             mistakes.append(Mistake(("train", "method"), told))
         return mistakes

@@ -279,5 +279,5 @@ def listing(names: dict[str, str]) -> list[str]:
 
 def description(docstring: str, key: str) -> str:
     """What the docstring's Args say about a key, in one line."""
-    found = re.search(rf"^ *{key}: (.*(?:\n {{8}}.*)*)", docstring, re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    found = re.search(rf"^( *){key}: (.*(?:\n\1 {{4}}.*)*)", docstring, re.MULTILINE)
+    return " ".join(found[2].split()) if found else ""

@@ -1,4 +1,4 @@
-"""YAML -> typed config: Run, Evaluation or Pipeline, every mistake told at once. Imports no heavy library."""
+"""YAML -> typed config, one of KINDS, every mistake told at once. Imports no heavy library."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from engine.classifier_schema import (
     RouterTraining,
 )
 from engine.components import Component, Named, component, listing, mistakes_of, signature_of, table_of
-from engine.errors import ConfigError, Interrupted, Mistake, UserError
+from engine.errors import ConfigError, Interrupted, Mistake, UserError, first_line
 from engine.merge import MergeRules, override, read
 from engine.schema import (
     Adversarial,
@@ -67,6 +67,7 @@ __all__ = [
     "UserError",
     "component",
     "dump",
+    "first_line",
     "from_dict",
     "listing",
     "load",
@@ -89,7 +90,7 @@ def load(
     overrides: Sequence[str] | Mapping[str, Any] = (),
     kind: str | None = None,
     origin: str = "command line",
-) -> Run | Evaluation | Pipeline:
+) -> Config:
     """The config of a YAML file with overrides on top: ["a.b=c", ...] or {"a.b": value}; a mapping replaces.
 
     kind: a key of KINDS, told by the file's keys where None. origin: the source that is shown for overrides.
@@ -102,9 +103,7 @@ def load(
     return _validated(tree, kind, problems)
 
 
-def from_dict(
-    mapping: Mapping[str, Any], kind: str | None = None, origin: str = "stored config"
-) -> Run | Evaluation | Pipeline:
+def from_dict(mapping: Mapping[str, Any], kind: str | None = None, origin: str = "stored config") -> Config:
     """The config of a resolved mapping, such as the one in a checkpoint; origin names it in messages."""
     return _validated(from_plain(mapping, Source(origin)), kind, [])
 

@@ -23,6 +23,11 @@ class ConfigError(UserError):
         self.lines = lines
 
 
+def first_line(error: BaseException) -> str:
+    """Of an error's message; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 @dataclass(frozen=True)
 class Mistake:
     """One mistake at a key; the path is relative to the section that found it.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.arithmetic import layout_of
 from engine.average import Average
 from engine.checkpoints import load_weights, save_weights
 from engine.config import UserError
@@ -62,7 +63,7 @@ class Training:
         self.model, self.phases, self.run = learner.model, learner.phases, learner.run
         self.weights, self.settings, self.device, self.company = learner.weights, settings, device, company
         self.name = f"{learner.run.path.name}: " if company else ""
-        layout = torch.channels_last if settings.channels_last else torch.preserve_format
+        layout = layout_of(settings)
         learner.model.to(device=device, memory_format=layout)
         compiled = settings.compile and device.type == "cuda"
         self.network = torch.compile(learner.model) if compiled else learner.model
@@ -133,8 +134,7 @@ class Training:
         frames = [frame.name for batch in batches for frame in batch.frames]
         at.rates = [phase.optimizer.param_groups[0]["lr"] for phase in self.phases]
         for phase, sums in zip(self.phases, self.state.sums, strict=True):
-            bf16 = settings.precision == "bf16"
-            values = compute_gradients(phase, self.network, inputs, bf16, at.images_seen)
+            values = compute_gradients(phase, self.network, inputs, settings.precision, at.images_seen)
             self.watch.add(f"step {at.step + 1} (epoch {at.epoch + 1}), phase {phase.name!r}", frames, values)
             if _looks_at_every_step(self.device):
                 self.watch.look()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.arithmetic import autocast_of, layout_of
 from engine.config import Interrupted, UserError
 from engine.interrupt import StopRequest
 from engine.learner import Learner, Result, Training
@@ -81,8 +82,7 @@ class _Loop:
     def __init__(self, trainings, batches, validate, settings, device, metrics, prepare):
         self.trainings, self.batches, self.validate = trainings, batches, validate
         self.settings, self.device, self.metrics, self.prepare = settings, device, metrics, prepare
-        self.layout = torch.channels_last if settings.channels_last else torch.preserve_format
-        self.bf16 = settings.precision == "bf16"
+        self.layout = layout_of(settings)
 
     def run(self, steps: int) -> None:
         with StopRequest() as self.stop, ExitStack() as stack:
@@ -148,7 +148,7 @@ class _Loop:
 
     def input_of(self, batch) -> tuple[Any, Tensor]:
         """What the losses get of a batch, and its labels as int64."""
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.no_grad(), autocast_of(self.settings.precision, self.device):
             inputs = self.prepare(batch, self.device, self.layout)
         return inputs, batch.labels.to(self.device, non_blocking=True).long()
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from engine.checkpoints import atomic_write
 from engine.config import UserError, dump
+from engine.flat import differences, flatten
 
 # May differ between a run and its resumption: they change no step of the training.
 FREE_TO_DIFFER = ("evaluate", "data.workers", "data.cache_dir", "output")
@@ -155,13 +156,11 @@ def check_run_folder(
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, value before, value now) of all keys that must be equal to resume and are not."""
-    old, new = dict(_flat(before)), dict(_flat(now))
-    keys = [
-        key
-        for key in {**old, **new}
-        if key in DECIDES or not any(f"{key}.".startswith(f"{free}.") for free in FREE_TO_DIFFER)
+    return [
+        one
+        for one in differences(flatten(before), flatten(now))
+        if one[0] in DECIDES or not any(f"{one[0]}.".startswith(f"{free}.") for free in FREE_TO_DIFFER)
     ]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -196,14 +195,6 @@ def _config_in(path: Path) -> dict[str, Any]:
 def _parse(text: str) -> Any:
     """The YAML with every value as text: no reader's idea of a number comes between equal files."""
     return yaml.load(text, Loader=yaml.BaseLoader)
-
-
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if not isinstance(value, Mapping) or not value:
-        return [(prefix, value)]
-    return [
-        pair for key, item in value.items() for pair in _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    ]
 
 
 def _version(package: str) -> str | None:

@@ -251,10 +251,15 @@ class Train(BasicTrain):
     )
 
 
-def _images(value: Any) -> str | int:
-    if value in ("all", "blocks") or (type(value) is int and value > 0):
-        return value
-    raise Mistakes(wrong(value, "all, blocks, or a whole number above 0"))
+def word_or_count(*words: str) -> PlainValidator:
+    """One of the words, or a whole number above 0."""
+
+    def validate(value: Any) -> str | int:
+        if value in words or (type(value) is int and value > 0):
+            return value
+        raise Mistakes(wrong(value, f"{', '.join(words)}, or a whole number above 0"))
+
+    return PlainValidator(validate)
 
 
 def each_once(values: list[float]) -> list[float]:
@@ -335,7 +340,7 @@ class Evaluate(Section):
     attack_rows: list[Text] | None = Field(
         None, description="rows to attack; null: all baselines, experts, ensembles and gates"
     )
-    attack_images: Annotated[str | int, PlainValidator(_images)] = Field(
+    attack_images: Annotated[str | int, word_or_count("all", "blocks")] = Field(
         "all",
         description="all, blocks (a frame of each block of neighbours), or a number of frames far apart",
     )

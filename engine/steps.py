@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.arithmetic import autocast_of
 from engine.config import UserError
 
 
@@ -64,7 +65,7 @@ def compute_gradients(
     phase: Phase,
     network: nn.Module,
     inputs: Sequence[tuple[Any, Tensor]],
-    bf16: bool = False,
+    precision: str = "fp32",
     first: int = 0,
 ) -> Tensor:
     """Leaves in the phase's parameters the gradient of sum / count over all micro-batches together.
@@ -77,7 +78,7 @@ def compute_gradients(
         if phase.attack:
             prepared = phase.attack(network, prepared, labels, first)
             first += len(labels)
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=bf16):
+        with autocast_of(precision, labels.device):
             loss, number = phase.loss(network, prepared, labels)
         loss.backward(inputs=list(phase.parameters))
         total, count = total + loss.detach(), count + number

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from attacks.quantise import LEVELS
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 
 Kept = Literal["none", "uint8", "float32"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 from evaluation.certificate import Certified
 from evaluation.findings import Finding
 from evaluation.ledger import digest, plain

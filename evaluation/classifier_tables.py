@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.runs import atomic_write
+from engine.checkpoints import atomic_write
 from evaluation.beside import read_beside
 from evaluation.classifiers import (
     ANSWERS,
@@ -20,14 +20,14 @@ from evaluation.classifiers import (
     loads,
 )
 from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows, told_of
-from evaluation.formats import aligned, csv_text, in_brackets, markdown_table, percent, points
+from evaluation.formats import aligned, csv_text, eps_text, in_brackets, markdown_table, percent, points
 from evaluation.image_results import ON_EXPERTS, ImageResults
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
 from evaluation.record_checks import GAP, ON_GATE, check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
-from evaluation.robust_tables import eps_text, in_words
+from evaluation.robust_tables import in_words
 from evaluation.statistics import Estimate, clopper_pearson
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS

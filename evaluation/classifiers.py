@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.runs import atomic_write
+from engine.checkpoints import atomic_write
 from metrics.gate import effective_experts
 
 BEST = 5  # classes that are kept of each answer

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from evaluation.formats import aligned, in_brackets, percent, points
 from evaluation.intervals import COMPARED, Intervals, clean_estimates, difference_rows
-from evaluation.results import KINDS, Results
+from evaluation.results import KINDS, Results, main_subset
 from evaluation.statistics import FEWEST_UNITS, LEVEL
 
 HEADINGS = {
@@ -24,7 +24,7 @@ def results_table(results: Results, subsets: Sequence[str], first: Sequence[str]
     in `first` in that order, then all others by kind. A dash where a row is not defined. Intervals only on "all" (or
     the first subset), where the chosen gate is compared below the table too."""
     protocol = results.protocol
-    main = "all" if "all" in subsets else subsets[0]
+    main = main_subset(subsets)
     intervals = clean_estimates(results, [main])
     others = [name for name in results.names() if name not in first]
     groups = [("", list(first))]

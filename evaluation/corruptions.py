@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 from evaluation.formats import csv_text, in_brackets, markdown_table, percent
 from evaluation.intervals import COMPARED, interval_columns
 from evaluation.ledger import differences, plain, shown
@@ -61,7 +61,7 @@ class Corrupted:
             yield batch
 
 
-def passes(
+def rounds(
     folder: str | Path,
     grid: Iterable[tuple[str, int]],
     about: Mapping,

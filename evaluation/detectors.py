@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.evade import SCORES, Said, evade, listen
 from attacks.search import scores
 from attacks.threat import Threat, count_labelled, seed_of
-from evaluation.formats import markdown_table, percent
+from evaluation.formats import eps_text, markdown_table, percent
 from evaluation.plan import Scene, Setup
 from evaluation.statistics import Estimate, Resamples
 from evaluation.targets import ROUTED, Target, exact_float32, under_attack
@@ -165,7 +165,7 @@ def detection_table(rows: Iterable[Mapping]) -> list[str]:
         lines.append(
             [
                 plain["model"],
-                f"{plain['eps'] * 255:.4g}/255",
+                eps_text(plain["eps"]),
                 plain["score"],
                 f"{plain['n_images']} + {plain['n_images']}",
                 area(plain),

@@ -4,6 +4,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from evaluation.formats import eps_text
+
 FINDING_COLUMNS = ("model", "eps", "attack", "check", "severity", "text")
 
 # The six indicators of attack failure of Pintor et al. 2022 (arXiv 2106.09947), by the names of the checks that are
@@ -70,7 +72,7 @@ def told_of(flags: Flags) -> list[str]:
 def in_words(finding: Finding) -> str:
     """Target, eps and attack, the check and what it says."""
     where = [finding.target]
-    where += [] if finding.eps is None else [f"eps {finding.eps * 255:.4g}/255"]
+    where += [] if finding.eps is None else [f"eps {eps_text(finding.eps)}"]
     where += [finding.attack] if finding.attack else []
     return f"{', '.join(where)}: {finding.title}: {finding.text}"
 

@@ -1,4 +1,4 @@
-"""How figures look in Markdown and LaTeX."""
+"""How figures look in Markdown, LaTeX and CSV, and on a terminal."""
 
 import csv
 import io
@@ -19,6 +19,12 @@ def in_brackets(low: float, high: float) -> str:
 def points(difference: float) -> str:
     """A difference of fractions in percentage points with its sign."""
     return f"{100 * difference:+.2f}"
+
+
+def eps_text(eps: float) -> str:
+    """As a fraction of 255 where it is one of two decimals."""
+    levels = eps * 255
+    return f"{levels:.4g}/255" if abs(levels * 100 - round(levels * 100)) < 1e-6 else f"{eps:.4g}"
 
 
 def markdown_table(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int) -> list[str]:

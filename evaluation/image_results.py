@@ -9,9 +9,9 @@ from evaluation.plan import units_of
 from evaluation.robust_results import COLUMNS, Column
 from evaluation.statistics import Estimate, Resamples, estimate_image_mean
 from evaluation.suites import CLEAN
+from evaluation.targets import PATH
 
 ON_EXPERTS = ("experts_only",)  # attacks that aim at the pathway that the clean image takes
-PATH = " path "  # between a mixture's name and the number of a pathway, in the name of its row
 
 
 class ImageResults:

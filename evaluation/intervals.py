@@ -55,7 +55,7 @@ def clean_estimates(results: Results, subsets: Sequence[str]) -> dict[tuple[str,
 def difference_rows(results: Results, subsets: Sequence[str], intervals: Intervals) -> list[dict]:
     """Lines of differences.csv: the chosen gate (none chosen: the first) minus the best baseline, expert and ensemble
     of the subset by COMPARED, fractions; none without a gate."""
-    gate = results.chosen or next(iter(results.names("gate")), "")
+    gate = results.lead_gate
     rows = []
     for subset in subsets:
         for kind in RIVALS:

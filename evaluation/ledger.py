@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import flat
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 
 FORMAT = 2  # raised when records change their meaning
 INCUMBENTS = ("pixels", "balanced")  # fewest correct pixels, lowest class-balanced accuracy
@@ -194,21 +195,8 @@ def open_to_append(path: Path):
 
 
 def differences(before: Mapping, now: Mapping) -> list[tuple[str, Any, Any]]:
-    """(dotted key, value before, value now) of everything that differs between plain mappings; a key that is
-    missing on one side has the value None there."""
-    old, new = dict(flat(before)), dict(flat(now))
-    return [(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
-
-
-def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Mappings by their dotted keys; entries of lists of mappings by their "name"."""
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
-        value = {item.get("name", index): item for index, item in enumerate(value)}
-    if not isinstance(value, Mapping) or not value:
-        yield prefix, value
-        return
-    for key, item in value.items():
-        yield from flat(item, f"{prefix}.{key}" if prefix else str(key))
+    """(dotted key, value before, value now) of everything that differs between plain mappings."""
+    return flat.differences(*(flat.flatten(one, into_lists=True) for one in (before, now)))
 
 
 def shown(different: Sequence[tuple[str, Any, Any]]) -> str:

@@ -3,15 +3,15 @@
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 from metrics.confusion import aacc, counted_classes, fwiou, macc, miou
 
 KINDS = ("baseline", "expert", "ensemble", "gate", "control", "ceiling", "floor")
@@ -42,7 +42,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class RowInfo:
-    """A row of the matrix without its function. Fields as in evaluate.Row."""
+    """A row of the matrix without its function. Fields as in rows.Row."""
 
     name: str
     kind: str
@@ -89,6 +89,11 @@ class Results:
         """Row names in the order of KINDS, of these kinds only (none given: all)."""
         ordered = sorted(self.rows, key=lambda row: KINDS.index(row.kind))
         return [row.name for row in ordered if not kinds or row.kind in kinds]
+
+    @property
+    def lead_gate(self) -> str:
+        """The gate picked on the validation split, else the first; "" without gates."""
+        return self.chosen or next(iter(self.names("gate")), "")
 
     @cached_property
     def subset_names(self) -> list[str]:
@@ -222,6 +227,11 @@ class Results:
 
 def _tuples(plain: dict) -> dict:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
+
+
+def main_subset(subsets: Sequence[str]) -> str:
+    """The subset that rows are compared on: "all" where it is there."""
+    return "all" if "all" in subsets else subsets[0]
 
 
 def best_row(results: Results, names: Iterable[str], subset: str = "all") -> str:

@@ -27,7 +27,7 @@ from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
-from evaluation.targets import ROUTED, Target, exact_float32, threat_on, under_attack
+from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on, under_attack
 from metrics.confusion import confusion
 
 TRACE = 8  # values of an attack's loss that are recorded, from the first to the last
@@ -302,7 +302,7 @@ def members_of(target: Target, members: Mapping[str, Sequence[Member]]) -> dict[
 def source_of(target: Target, member: Member) -> str:
     """What an attack was made for: the target, or one of its pathways by itself."""
     pathway = member.attack.args.get("pathway")
-    return target.name if pathway is None else f"{target.name} path {pathway}"
+    return target.name if pathway is None else f"{target.name}{PATH}{pathway}"
 
 
 def images_of(scene: Scene, batch: int, setup: Setup) -> list[dict]:

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.runs import atomic_write
+from engine.checkpoints import atomic_write
 from evaluation.beside import Beside, read_beside
 from evaluation.certificate import Certified
 from evaluation.detectors import DETECTION_COLUMNS, detection_table
 from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows, told_of
-from evaluation.formats import aligned, csv_text, in_brackets, markdown_table, percent, points
+from evaluation.formats import aligned, csv_text, eps_text, in_brackets, markdown_table, percent, points
 from evaluation.ledger import read_manifest, read_seconds, read_units
 from evaluation.plan import records_of
 from evaluation.record_checks import check_manifest
@@ -392,9 +392,3 @@ def ordered(results: RobustResults) -> Sequence[str]:
     """Models by the kind of their row, as other tables have them."""
     order = {kind: place for place, kind in enumerate(KINDS)}
     return sorted(results.targets, key=lambda name: order.get(results.targets[name]["role"], -1))
-
-
-def eps_text(eps: float) -> str:
-    """As a fraction of 255 where it is one of two decimals."""
-    levels = eps * 255
-    return f"{levels:.4g}/255" if abs(levels * 100 - round(levels * 100)) < 1e-6 else f"{eps:.4g}"

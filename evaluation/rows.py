@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.arithmetic import autocast_of
 from evaluation.enlarge import Enlargement, Enlargements
 from evaluation.results import RowInfo
 
@@ -33,7 +34,7 @@ class Outputs:
 
     def autocast(self) -> torch.autocast:
         """The context that networks and gates run in."""
-        return torch.autocast(self.images.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+        return autocast_of(self.precision, self.images.device)
 
     def together(self, names: tuple[str, ...]) -> tuple[Tensor, int | None]:
         """Logits of several networks on the grid that they share, [B, E, C, h, w], and its stride; where they

@@ -5,13 +5,12 @@ members of an ensemble. A single network beside mixtures of E gets restarts unti
 as they have: a mixture's pass runs E networks, in the common members too.
 """
 
-import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
+from engine.checkpoints import file_sha256
 from engine.config import Component, UserError, component
 from evaluation.formats import aligned, number
 from evaluation.stand_ins import CLASSES, count_passes, module_of
@@ -47,7 +46,7 @@ COMMON: dict[str, dict[str, dict]] = {
     },
 }  # fmt: skip
 # steps of those that know the gate, and of those that know the networks of an ensemble
-ROUTED: dict[str, dict[str, int]] = {
+ON_GATES: dict[str, dict[str, int]] = {
     "quick": {"soft_gate": 10, "route_first": 10},
     "standard": {
         "soft_gate": 20, "route_first": 20, "joint": 20, "stay_route": 10, "weakest_expert": 10,
@@ -58,7 +57,7 @@ ROUTED: dict[str, dict[str, int]] = {
         "all_to_one_wrong": 20, "gate_only": 10, "experts_only": 10,
     },
 }  # fmt: skip
-ENSEMBLE: dict[str, dict[str, int]] = {
+ON_MEMBERS: dict[str, dict[str, int]] = {
     "quick": {"member_sum": 10, "each_member": 10},
     "standard": {
         "member_sum": 20, "mean_of_probabilities": 20, "each_member": 20, "members_to_one_wrong": 20,
@@ -110,7 +109,7 @@ class Member:
     def about(self) -> dict:
         """Everything that its records depend on, as JSON holds it; a file by its contents as well."""
         file = self.attack.args.get("file")
-        content = {} if file is None else {"sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+        content = {} if file is None else {"sha256": file_sha256(file)}
         return {
             "name": self.name,
             "column": self.column,
@@ -139,7 +138,7 @@ def members(suite: str, kind: Kind, num_experts: int, parity: int = 1) -> list[M
         own = {name: {**one, "restarts": restarts} for name, one in SINGLE[suite].items()}
     else:
         own = {}
-        for name, steps in (ENSEMBLE if kind == "ensemble" else ROUTED)[suite].items():
+        for name, steps in (ON_MEMBERS if kind == "ensemble" else ON_GATES)[suite].items():
             attack, _, rule = name.partition(" ")
             own[name] = {
                 "name": attack,

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from engine.runs import atomic_write
+from engine.checkpoints import atomic_write
 from evaluation.disagreement import (
     DISAGREEMENT_COLUMNS,
     disagreement_rows,

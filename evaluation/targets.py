@@ -17,6 +17,7 @@ from engine.config import UserError
 
 Kind = Literal["single", "ensemble", "soft", "hard"]
 ROUTED = ("soft", "hard")
+PATH = " path "  # between a mixture's name and the number of a pathway, in the name of its row
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from attacks import apgd, pgd, routed, square
 from attacks.autoattack import autoattack
-from attacks.pixel_losses import image_loss
+from attacks.routed import look_inside
 from attacks.search import Found, scores
 from attacks.threat import Threat, seed_of
 from evaluation.classifier_suites import classifier_members
@@ -35,8 +35,10 @@ from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
 from evaluation.image_results import ImageResults
 from evaluation.plan import Scene, Setup
+from evaluation.record_checks import ALARM
 from evaluation.robust import attack_all
 from evaluation.suites import member
+from evaluation.target_checks import slope_of, task_loss
 from evaluation.targets import target_of
 
 EPS = 8 / 255
@@ -48,7 +50,6 @@ SIZE = 16
 IMAGES = 8
 TASKS = ("classification", "segmentation")
 GATES = ("hard", "soft", "straight-through")
-ALARM = 0.002  # of accuracy, by which attacks that know the gate may be better before the flag is raised
 
 PLAIN = {
     "fgsm": pgd.fgsm,
@@ -239,13 +240,9 @@ def masking(plain: float, aware: float, blind: bool) -> str:
 
 def gate_is_blind(model, images: Tensor, labels: Tensor, threat: Threat) -> bool:
     """Whether the task's loss has a gradient of exactly zero by all gate logits, for all images."""
-    gate_logits, mix = model.gate_and_mix(images)
-    gate_logits = gate_logits.detach().requires_grad_()
-    loss = image_loss("ce", mix(model.route(gate_logits)), labels, threat).sum()
-    if not loss.requires_grad:
-        return True
-    (gradient,) = torch.autograd.grad(loss, gate_logits, allow_unused=True)
-    return gradient is None or not gradient.any().item()
+    seen = look_inside(model, images)
+    leaf = seen.gate_logits.detach().requires_grad_()
+    return not slope_of(lambda: task_loss(seen, model.route(leaf), labels, threat).sum(), leaf).any()
 
 
 def random_signs(dice: torch.Generator, *shape: int) -> Tensor:

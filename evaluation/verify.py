@@ -26,6 +26,7 @@ from engine.config import Evaluation, UserError, load
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
 from evaluation.certificate import certify_targets
+from evaluation.formats import eps_text
 from evaluation.ledger import (
     INCUMBENTS,
     brief,
@@ -38,7 +39,7 @@ from evaluation.ledger import (
 )
 from evaluation.plan import Scene, Setup, Unit, manifest_of, units_of
 from evaluation.robust import Bench, about_unit, as_begun, images_of, members_of, network_passes
-from evaluation.robust_tables import write_robust
+from evaluation.robust_tables import TABLES, write_robust
 from evaluation.suites import Member
 from evaluation.targets import Target, exact_float32, under_attack
 
@@ -47,10 +48,6 @@ ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may 
 # What is the same on every machine: it follows from images, labels and the plan alone.
 EXACT = ("valid", "linf", "l2", "status", "target", "source", "settings", "version", "eps", "norm", "seed")
 BESIDE = (FINDINGS, CERTIFICATES, TRANSFER, DETECTORS)
-TABLES = (
-    "checks.csv", "telemetry.csv", "components.csv", "winners.csv", "timing.csv", "transfer.csv", "detectors.csv",
-    "robustness.md", "robustness.csv",
-)  # fmt: skip
 
 
 @dataclass
@@ -221,7 +218,7 @@ def compare(
     verdict: Verdict,
 ) -> None:
     """Records of a unit against its kept images: all that scoring these gives, and what the attack may have cost."""
-    where = f"{unit.target}, {unit.member} at eps {unit.eps * 255:.4g}/255"
+    where = f"{unit.target}, {unit.member} at eps {eps_text(unit.eps)}"
     expected = [(incumbent, name) for incumbent in INCUMBENTS for name in bench.scene.names]
     if [(record["incumbent"], record["image"]) for record in records] != expected:
         verdict.problems.append(f"{where}: its records are of other images than those of its batch")

@@ -7,8 +7,8 @@ import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
-from engine.config import Probability, UserError
-from networks.encoders import check_backbone, first_line, imagenet_encoder, input_statistics, load_encoder
+from engine.config import Probability, UserError, first_line
+from networks.encoders import check_backbone, imagenet_encoder, input_statistics, load_encoder
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.config import UserError
+from engine.config import UserError, first_line
 from networks.normalize import IMAGENET_MEAN, IMAGENET_STD
 
 # what an ImageNet classifier has above its last feature map, in torchvision's, timm's and smp's names
@@ -111,7 +111,3 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     ):
         raise UserError(f"network.pretrained: {file} is no mapping of names to tensors (a state_dict)")
     return tensors
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

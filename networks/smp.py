@@ -10,8 +10,8 @@ import segmentation_models_pytorch
 import torch
 from torch import nn
 
-from engine.config import UserError
-from networks.encoders import check_backbone, first_line, input_statistics, load_encoder
+from engine.config import UserError, first_line
+from networks.encoders import check_backbone, input_statistics, load_encoder
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
 

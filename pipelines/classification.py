@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dataloaders.image_batches import EvalBatches, ImageBatch, TrainBatches, images_of
 from dataloaders.image_set import ImageSet, ImageSplit
+from engine.arithmetic import layout_of
 from engine.checkpoints import differing, load_metadata, load_weights
 from engine.config import Classification, RouterTraining, UserError
 from engine.learner import Learner, Result
@@ -50,8 +51,7 @@ def train(config: Classification, options) -> list[Result] | None:
     fresh = not (settings.start_from or folder.last.exists())
     if settings.balanced_start and fresh and hasattr(model, "router"):
         balance(model, images.split("train"))
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
-    model.to(device, memory_format=layout)
+    model.to(device, memory_format=layout_of(settings))
     clusters = clusters_of(config, images)
     about = description(config, images, model)
     learner = Learner(
@@ -134,26 +134,23 @@ def refuse_idle_experts(config: Classification, images: ImageSet) -> None:
 def phases_of(config: Classification, model: nn.Module, steps: int) -> list[Phase]:
     """One phase for everything; for advmoe one for the pathways, one for the router."""
     train = config.train
+
+    def phase(name: str, part: nn.Module, loss, attack=None, recipes=train, clip_norm=None) -> Phase:
+        optimizer = (recipes.optimizer or train.optimizer).build(groups_of(part))
+        schedule = (recipes.schedule or train.schedule).build(optimizer, steps)
+        return Phase(name, loss, list(part.parameters()), optimizer, schedule, attack, clip_norm)
+
     if train.method == "standard":
-        optimizer = train.optimizer.build(groups_of(model))
-        schedule = train.schedule.build(optimizer, steps)
-        return [Phase("network", classified(), list(model.parameters()), optimizer, schedule)]
+        return [phase("network", model, classified())]
     adversary = adversary_of(train)
     if train.method != "advmoe":
-        own = list(model.parameters())
-        optimizer = train.optimizer.build(groups_of(model))
-        schedule = train.schedule.build(optimizer, steps)
-        return [Phase("network", adversary.loss, own, optimizer, schedule, adversary.attack)]
+        return [phase("network", model, adversary.loss, adversary.attack)]
     router = train.router or RouterTraining()
-    routed, own = list(model.router.parameters()), list(model.body.parameters())
-    optimizer = train.optimizer.build(groups_of(model.body))
-    first = Phase(
-        "pathways", adversary.loss, own, optimizer, train.schedule.build(optimizer, steps), adversary.attack
-    )
-    optimizer = (router.optimizer or train.optimizer).build(groups_of(model.router))
-    schedule = (router.schedule or train.schedule).build(optimizer, steps)
-    phase = RouterPhase(train, router)
-    return [first, Phase("router", phase.loss, routed, optimizer, schedule, phase.attack, router.clip_norm)]
+    routing = RouterPhase(train, router)
+    return [
+        phase("pathways", model.body, adversary.loss, adversary.attack),
+        phase("router", model.router, routing.loss, routing.attack, router, router.clip_norm),
+    ]
 
 
 def groups_of(module: nn.Module) -> list[dict]:

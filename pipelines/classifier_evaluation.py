@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.image_set import ImageSet, ImageSplit
+from engine.checkpoints import atomic_write
 from engine.config import (
     Classification,
     ClassifierEvaluate,
@@ -19,7 +20,6 @@ from engine.config import (
     dump,
 )
 from engine.pathways import NO_LABEL
-from engine.runs import atomic_write
 from evaluation.beside import FINDINGS, write_beside
 from evaluation.classifier_suites import classifier_members, passes_of
 from evaluation.classifier_tables import (
@@ -31,12 +31,11 @@ from evaluation.classifier_tables import (
     write_classifier_tables,
 )
 from evaluation.classifiers import ANSWERS, answers, save_answers
-from evaluation.image_results import PATH
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all, begin, is_complete, shard
 from evaluation.suites import Member, attacks_for, extra_members, member, needs_class_weights
 from evaluation.target_checks import check_first
-from evaluation.targets import ROUTED, Target, exact_float32, target_of
+from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
 from pipelines.models import load_classifier, require_classes
 from pipelines.segmentation import own_gpu, pick_device

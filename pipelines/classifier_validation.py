@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from attacks.threat import Threat, seed_of
 from dataloaders.image_batches import ImageBatch, images_of
 from engine.adversarial import craft
+from engine.arithmetic import layout_of
 from engine.config import ClassifierTrain
 from engine.pathways import NO_LABEL
 from engine.steps import evaluating
@@ -41,7 +42,7 @@ def validated(
     routed = hasattr(model, "gate_logits")
     totals: dict[str, float] = dict.fromkeys(metric_names(model, settings), 0.0)
     count = 0
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    layout = layout_of(settings)
     with evaluating(model), torch.enable_grad():
         for batch in batches:
             images, labels = images_of(batch, device, layout), batch.labels.to(device)

@@ -8,7 +8,7 @@ from shutil import rmtree
 from dataloaders.corruptions import VERSION, corrupt
 from dataloaders.frames import Frame, FrameIndex
 from engine.config import Evaluate
-from evaluation.corruptions import CorruptionTables, passes, write_corruptions
+from evaluation.corruptions import CorruptionTables, rounds, write_corruptions
 from evaluation.results import Results
 from pipelines.matrix import Zoo
 
@@ -72,7 +72,7 @@ def corrupted_rows(
         return run(change=change)
 
     for number, (corruption, severity, results) in enumerate(
-        passes(folder / FOLDER, grid, about, evaluate), 1
+        rounds(folder / FOLDER, grid, about, evaluate), 1
     ):
         tables.add(corruption, severity, results)
         print(f"corruptions: {corruption} {severity} ({number} of {len(grid)})", flush=True)

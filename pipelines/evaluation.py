@@ -19,7 +19,7 @@ from evaluation.corruptions import Corrupted
 from evaluation.evaluate import Sample, spread_frames
 from evaluation.evaluate import evaluate as evaluate_rows
 from evaluation.gate_table import collapse_warnings
-from evaluation.results import Protocol, Results, best_row
+from evaluation.results import Protocol, Results, best_row, main_subset
 from evaluation.robust import shard
 from evaluation.rows import Row, constant_row
 from evaluation.tables import write_tables
@@ -174,7 +174,7 @@ def choose_on_val(
     if len(rows) < 1 or (not candidates and len(rows) == 1):
         return (rows[0].name if rows else ""), None
     results = run_rows(config, index, index.select("val", config.data.subsets), zoo, rows, "val", device)
-    subset = "all" if "all" in results.subset_names else results.subset_names[0]
+    subset = main_subset(results.subset_names)
     gate = best_row(results, zoo.learned_gates, subset) if zoo.learned_gates else ""
     return gate, candidates[best_row(results, candidates, subset)] if candidates else None
 

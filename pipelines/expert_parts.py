@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataloaders.cache import FrameCache
 from dataloaders.loader import Batch
+from engine.arithmetic import autocast_of, layout_of
 from engine.config import Train
 from engine.expert_cache import Store, open_store, store_key
 from engine.expert_contents import APPROXIMATE, difference, pack, unpack
@@ -28,16 +29,15 @@ class Experts:
     def __init__(self, mixtures: Sequence[MixtureOfExperts], settings: Train, device: torch.device):
         self.mixture, self.settings, self.device = mixtures[0], settings, device
         self.read_images = any(mixture.input == "image" for mixture in mixtures)
-        self.layout = torch.channels_last if settings.channels_last else torch.preserve_format
+        self.layout = layout_of(settings)
         self.mixture.to(device=device, memory_format=self.layout)
         compiled = settings.compile and device.type == "cuda"
         self.run = torch.compile(self.mixture.run_experts) if compiled else self.mixture.run_experts
 
     def __call__(self, batch: Batch, *_) -> ExpertOutputs:
         """Outputs on the device, without a graph."""
-        bf16 = self.settings.precision == "bf16"
         images = images_of(batch, self.device, self.layout)
-        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast_of(self.settings.precision, self.device):
             return self.without_images(self.run(images))
 
     def without_images(self, outputs: ExpertOutputs) -> ExpertOutputs:

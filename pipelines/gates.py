@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from engine.config import IGNORE, Gate, Run, from_dict
+from engine.arithmetic import layout_of
+from engine.config import IGNORE, Gate, Run, Train, from_dict
 from engine.steps import PhaseLoss
 from engine.temperatures import fit_temperatures
 from networks.mixture import Mixture
@@ -76,12 +77,19 @@ def reduced(labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Ten
     return torch.where(inside, taken, IGNORE)
 
 
-def calibrate(mixtures: Sequence[MixtureOfExperts], batches: Iterable, prepare: Callable, device) -> None:
-    """Sets the experts' temperatures of the mixtures that want them, fitted on the validation frames."""
+def calibrate(
+    mixtures: Sequence[MixtureOfExperts],
+    batches: Iterable,
+    prepare: Callable,
+    settings: Train,
+    device: torch.device,
+) -> None:
+    """Sets the experts' temperatures of the mixtures that want them, fitted on the validation frames. settings: the
+    config's train section."""
     wanting = [mixture for mixture in mixtures if mixture.calibrate]
     if not wanting:
         return
-    layout = torch.channels_last
+    layout = layout_of(settings)
     seen = ((prepare(batch, device, layout), batch.labels.to(device)) for batch in batches)
     temperatures = fit_temperatures(seen, wanting[0].grid)
     for mixture in wanting:

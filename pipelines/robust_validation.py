@@ -10,6 +10,7 @@ from attacks.threat import seed_of
 from dataloaders.frames import FrameIndex
 from dataloaders.loader import EvalBatches
 from engine.adversarial import RAISED, craft, threat_of
+from engine.arithmetic import layout_of
 from engine.config import Train
 from engine.loop import images_of
 from metrics.confusion import confusion
@@ -27,7 +28,7 @@ def attacked_confusion(
     """int64 [K, K] of each model, in evaluation mode: each is attacked itself, in float32, by the steps of
     train.adversarial on cross-entropy or SegPGD's. A weak attack, to follow a training by, not to claim anything."""
     adversarial = settings.adversarial
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
+    layout = layout_of(settings)
     counts = torch.zeros(len(models), index.num_classes, index.num_classes, dtype=torch.int64, device=device)
     every = max(1, round(len(batches.cache.frames) / FRAMES))
     for place, batch in enumerate(batches):

@@ -14,10 +14,11 @@ from engine.config import Component, Evaluate, Evaluation, UserError
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.detectors import DETECTION_COLUMNS, cost, detection_rows
+from evaluation.formats import eps_text
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all
-from evaluation.robust_tables import TABLES, eps_text, robust_summary, write_robust
+from evaluation.robust_tables import TABLES, robust_summary, write_robust
 from evaluation.suites import (
     Member,
     attacks_for,

@@ -15,6 +15,7 @@ from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
 from dataloaders.loader import eval_loader, refuse_large_batch, train_loader
 from engine.adversarial import Adversary
+from engine.arithmetic import autocast_of, layout_of
 from engine.checkpoints import load_metadata
 from engine.config import IGNORE, Data, Run, UserError
 from engine.learner import Learner, Result
@@ -88,14 +89,13 @@ def train(config: Run, options) -> list[Result] | None:
     if experts:
         source = open_source(config, models, experts, batches, held_out_batches, device, folders[0].log)
         prepare, looking = source.training, source.validation
-        calibrate(models, held_out_batches, looking, device)
+        calibrate(models, held_out_batches, looking, settings, device)
         if settings.adversarial != "none":
             prepare = images_of  # each gate attacks its own mixture, so experts run in its loss
     loss = settings.loss.build(torch.from_numpy(batches.cache.class_pixels()), index.ignore_index)
-    layout = torch.channels_last if settings.channels_last else torch.preserve_format
     learners = []
     for run, folder, model, random in zip(runs, folders, models, states, strict=True):
-        model.to(device, memory_format=layout)
+        model.to(device, memory_format=layout_of(settings))
         about = description(run, index, model, frames, experts)
         steps = optimizer_steps(batches, settings)
         about["class_pixels"] = batches.cache.class_pixels().tolist()  # weights of class-balanced attacks
@@ -296,7 +296,7 @@ def validator(
 
     Absent classes count as evaluate.absent says. alarm gets each mixture with its weights [N, E, K] of all
     frames."""
-    layout = torch.channels_last if config.train.channels_last else torch.preserve_format
+    layout = layout_of(config.train)
     shape = (index.num_classes, index.num_classes)
 
     def validate(models: Sequence[nn.Module]) -> list[dict[str, float]]:
@@ -304,7 +304,7 @@ def validator(
         routes: list[list[Tensor]] = [[] for _ in models]
         with (
             torch.inference_mode(),
-            torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"),
+            autocast_of(config.train.precision, device),
         ):
             for batch in batches:
                 inputs, labels = prepare(batch, device, layout), batch.labels.to(device)

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import atomic_write, load_metadata
+from engine.checkpoints import atomic_write, file_sha256, load_metadata
 from engine.config import (
     Classification,
     ClassifierEvaluation,
@@ -20,6 +20,7 @@ from engine.config import (
     load,
     references,
 )
+from engine.flat import differences, flatten
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
@@ -253,17 +254,6 @@ def key_of(ingredients: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()
 
 
-def flatten(tree, prefix: str = "") -> dict[str, object]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; lists stay whole."""
-    if isinstance(tree, dict) and tree:
-        return {
-            key: value
-            for name, branch in tree.items()
-            for key, value in flatten(branch, f"{prefix}.{name}" if prefix else str(name)).items()
-        }
-    return {prefix: tree}
-
-
 def data_hash(config: StageConfig) -> str:
     if isinstance(config, Classification | ClassifierEvaluation):
         images = config.data.build(config.data.cache_dir)
@@ -279,7 +269,7 @@ def weights_hash(source: str | Component) -> str | None:
 
     if isinstance(source, Component):
         named = [Path(str(value)) for value in (source.args["file"], *(source.args["args"] or {}).values())]
-        files = [hashlib.sha256(file.read_bytes()).hexdigest() for file in named if file.is_file()]
+        files = [file_sha256(file) for file in named if file.is_file()]
         return key_of({"network": source.plain(), "files": files})
     file = weights_file(source)
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
@@ -289,7 +279,7 @@ def pretrained_hash(config: StageConfig) -> dict[str, str]:
     """{"weights.pretrained": SHA-256 of the file that a network starts from}, nothing where it is no file."""
     network = getattr(config, "network", None)
     file = Path(str(network.args.get("pretrained"))) if network else Path()
-    return {"weights.pretrained": hashlib.sha256(file.read_bytes()).hexdigest()} if file.is_file() else {}
+    return {"weights.pretrained": file_sha256(file)} if file.is_file() else {}
 
 
 def attack_file_hashes(stage: Stage) -> dict[str, str | None]:
@@ -299,10 +289,7 @@ def attack_file_hashes(stage: Stage) -> dict[str, str | None]:
     settings = stage.config.evaluate
     attacks = [*settings.attacks, getattr(settings, "transfer", None)]
     files = [Path(attack.args["file"]) for attack in attacks if attack and "file" in attack.args]
-    return {
-        f"weights.{file}": hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
-        for file in files
-    }
+    return {f"weights.{file}": file_sha256(file) if file.is_file() else None for file in files}
 
 
 def result_hash(stage: Stage) -> str | None:
@@ -311,7 +298,7 @@ def result_hash(stage: Stage) -> str | None:
         hashes = [weights_hash(str(folder)) for folder in run_folders(stage)]
         return hashes[0] if len(hashes) == 1 else None if None in hashes else key_of(dict(enumerate(hashes)))
     results = evaluation_folder(stage) / "results.csv"
-    return hashlib.sha256(results.read_bytes()).hexdigest() if results.exists() else None
+    return file_sha256(results) if results.exists() else None
 
 
 def evaluation_folder(stage: Stage) -> Path:
@@ -348,17 +335,17 @@ def state_of(stage: Stage, records: "Records", forced: bool = False) -> State:
 def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
     """One line for each ingredient that differs: "config.train.epochs changed from 5 to 10"."""
     lines = []
-    for key in dict.fromkeys((*old, *new)):
-        if old.get(key) == new.get(key) or (is_unset(old.get(key)) and is_unset(new.get(key))):
+    for key, was, now in differences(old, new):
+        if is_unset(was) and is_unset(now):
             continue
         if key == "data" or key.startswith("weights."):
-            lines.append(f"{key} changed ({short(old.get(key))} -> {short(new.get(key))})")
+            lines.append(f"{key} changed ({short(was)} -> {short(now)})")
         elif key not in old:
-            lines.append(f"{key} is new: {new[key]}")
+            lines.append(f"{key} is new: {now}")
         elif key not in new:
-            lines.append(f"{key} is gone, was {old[key]}")
+            lines.append(f"{key} is gone, was {was}")
         else:
-            lines.append(f"{key} changed from {old[key]} to {new[key]}")
+            lines.append(f"{key} changed from {was} to {now}")
     return lines
 
 

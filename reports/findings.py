@@ -8,7 +8,7 @@ import numpy as np
 from evaluation.ceilings import best_gate_of
 from evaluation.disagreement import case_totals, error_detection
 from evaluation.gate_table import regret
-from evaluation.results import Results
+from evaluation.results import Results, main_subset
 from metrics.disagreement import CASES, CONTRADICTED
 from metrics.gate import gate_statistics, spearman
 
@@ -21,14 +21,14 @@ LIGHT = (
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One statement: a headline and what stands behind it."""
+class Statement:
+    """A headline and what stands behind it."""
 
     headline: str
     detail: str
 
 
-def findings(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def findings(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """About experts at home and abroad, the chosen gate against the rest, its regret, whom it follows where the
     experts differ, and the weights of every gate.
 
@@ -42,17 +42,7 @@ def findings(results: Results, subsets: Sequence[str]) -> list[Finding]:
     ]
 
 
-def main_subset(subsets: Sequence[str]) -> str:
-    """The subset that rows are compared on: "all" where it is there."""
-    return "all" if "all" in subsets else subsets[0]
-
-
-def chosen_gate(results: Results) -> str:
-    """The gate picked on the validation split, else the first; "" without gates."""
-    return results.chosen or next(iter(results.names("gate")), "")
-
-
-def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """Every expert on the subsets that it alone was trained on, against the best of the other experts."""
     found = []
     experts = results.names("expert")
@@ -65,7 +55,7 @@ def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Finding]:
             rival = max(others, key=lambda name: results.miou_common(name, subset, subsets))
             abroad = results.miou_common(rival, subset, subsets)
             found.append(
-                Finding(
+                Statement(
                     f"On {subset} the {expert} expert is {_distance(at_home - abroad)} the {rival} expert.",
                     f"mIoU_common {100 * at_home:.2f} at home against {100 * abroad:.2f}.",
                 )
@@ -73,9 +63,9 @@ def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Finding]:
     return found
 
 
-def gate_against(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def gate_against(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """The chosen gate against the best of each other kind, on the main subset, over the classes with ground truth."""
-    gate, subset = chosen_gate(results), main_subset(subsets)
+    gate, subset = results.lead_gate, main_subset(subsets)
     if not gate:
         return []
     own = results.miou_gt_only(gate, subset)
@@ -95,18 +85,18 @@ def gate_against(results: Results, subsets: Sequence[str]) -> list[Finding]:
     verdict = "above the best row of every other kind" if beaten == len(rivals) else (
         f"above the best of {beaten} of {len(rivals)} other kinds of rows"
     )  # fmt: skip
-    return [Finding(f"{headline}, {verdict}.", f"It is {how}: {compared}.")]
+    return [Statement(f"{headline}, {verdict}.", f"It is {how}: {compared}.")]
 
 
-def regret_of_chosen(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def regret_of_chosen(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """How far the chosen gate stays below the best gate of its kind."""
-    gate, subset = chosen_gate(results), main_subset(subsets)
+    gate, subset = results.lead_gate, main_subset(subsets)
     distance = regret(results, gate, subset) if gate else {}
     if not distance:
         return []
     best = results.miou_gt_only(best_gate_of(results.weights[gate].shape[2]), subset)
     return [
-        Finding(
+        Statement(
             f"A perfect gate of its kind would reach {100 * best:.2f} mIoU on {subset} over the same classes: "
             f"a regret of {100 * distance['miou']:.2f} points.",
             f"In pixel accuracy {100 * distance['aacc']:.2f} points. Perfect means told the label of every pixel; "
@@ -115,16 +105,16 @@ def regret_of_chosen(results: Results, subsets: Sequence[str]) -> list[Finding]:
     ]
 
 
-def disagreement(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def disagreement(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """What the chosen gate makes of the pixels on which its experts differ, and of those on which they agree."""
-    gate, subset = chosen_gate(results), main_subset(subsets)
+    gate, subset = results.lead_gate, main_subset(subsets)
     if gate not in results.cases:
         return []
     counts = case_totals(results, gate, subset).sum(axis=0)[: len(CASES)]  # [4, 2 + E]
     agree, differ = counts.reshape(2, 2, -1).sum(axis=1)
     pixels, against = counts[:, 0].sum(), counts[CONTRADICTED]
     if not differ[0]:
-        return [Finding(f"On {subset} the experts of {gate} agree on every pixel.", "")]
+        return [Statement(f"On {subset} the experts of {gate} agree on every pixel.", "")]
     experts = results.row(gate).experts
     alone = ", ".join(
         f"{name} on {_share(n, differ[0])}" for name, n in zip(experts, differ[2:], strict=True)
@@ -137,7 +127,7 @@ def disagreement(results: Results, subsets: Sequence[str]) -> list[Finding]:
         )
     detects = error_detection(results, gate, subset)
     return [
-        Finding(
+        Statement(
             f"On {subset} the experts differ on {_share(differ[0], pixels)} of the pixels; there {gate} is right on "
             f"{_share(differ[1], differ[0])}.",
             f"By themselves: {alone}. Where they agree, it is right on {_share(agree[1], agree[0])}. {contradicts}. "
@@ -147,7 +137,7 @@ def disagreement(results: Results, subsets: Sequence[str]) -> list[Finding]:
     ]
 
 
-def gates(results: Results, subsets: Sequence[str]) -> list[Finding]:
+def gates(results: Results, subsets: Sequence[str]) -> list[Statement]:
     """Per gate: the mean weight that differs most between training subsets, whether it follows the light, the
     regret, and the collapse alarm."""
     trained = [subset for subset in subsets if subset in results.protocol.training_subsets]
@@ -170,11 +160,11 @@ def gates(results: Results, subsets: Sequence[str]) -> list[Finding]:
                 f" On {main_subset(subsets)} it stays {100 * distance['miou']:.2f} points of mIoU "
                 f"({100 * distance['aacc']:.2f} of pixel accuracy) below the best gate of its kind."
             )
-        found.append(Finding(headline, detail.strip()))
+        found.append(Statement(headline, detail.strip()))
         together = per_image[np.isin(results.subsets, results.protocol.training_subsets)]
         if gate_statistics(together[:, :, None]).collapsed.any():
             text = "One expert has nearly all the weight whatever the image."
-            found.append(Finding(f"{gate} has collapsed.", text))
+            found.append(Statement(f"{gate} has collapsed.", text))
     return found
 
 

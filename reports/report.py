@@ -10,18 +10,18 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from engine.checkpoints import atomic_write
 from engine.config import UserError
-from engine.runs import atomic_write
 from evaluation.disagreement import case_totals, error_detection, parts_of
 from evaluation.formats import in_brackets, number, percent, points
 from evaluation.intervals import DIFFERENCES
-from evaluation.results import KINDS, Results
+from evaluation.results import KINDS, Results, main_subset
 from evaluation.robust_tables import load_robust
 from evaluation.tables import COSTS, FEW_IMAGES, METRIC_TITLES, header_lines
 from metrics.confusion import iou_per_class
 from metrics.disagreement import CASES
 from reports import charts
-from reports.findings import chosen_gate, findings, main_subset
+from reports.findings import findings
 from reports.folders import Folder, commands, environments, is_classifier, open_folder, run_row
 from reports.markdown import to_html
 
@@ -73,7 +73,7 @@ def _evaluation_part(folder: Folder) -> dict:
         raise UserError(f"{folder.path / 'matrix.csv'}: missing; evaluate again with --overwrite")
     subsets = [column[len("miou_common_") :] for column in matrix[0] if column.startswith("miou_common_")]
     members = [subset for subset in subsets if subset != "all"] or subsets
-    gate = chosen_gate(results)
+    gate = results.lead_gate
     classwise = [name for name in results.names("gate") if results.weights[name].shape[2] > 1]
     by_class = gate if gate in classwise else next(iter(classwise), "")
     return {
@@ -154,9 +154,7 @@ def _tiles(results: Results, subsets: Sequence[str]) -> list[tuple[str, str, str
         names = results.names(kind)
         if names:
             name = (
-                chosen_gate(results)
-                if kind == "gate"
-                else max(names, key=lambda row: results.miou(row, subset))
+                results.lead_gate if kind == "gate" else max(names, key=lambda row: results.miou(row, subset))
             )
             tiles.append((percent(results.miou(name, subset)), label, name))
     return tiles

@@ -16,6 +16,7 @@ from networks.cnn_moe.body import GRANULARITIES, Body, Granularity
 from networks.cnn_moe.router import Router
 from networks.cnn_moe.routes import routes_of
 from networks.normalize import Normalize
+from networks.routing import top1
 
 MEAN, STD = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
@@ -141,9 +142,7 @@ class CNNMoE(nn.Module):
         if self.top_k > 1:
             best = gate_logits.topk(self.top_k, dim=2)
             return torch.zeros_like(gate_logits).scatter(2, best.indices, best.values.softmax(dim=2))
-        shares = gate_logits.softmax(dim=2)
-        one_hot = torch.zeros_like(shares).scatter(2, gate_logits.argmax(dim=2, keepdim=True), 1.0)
-        return one_hot + (shares - shares.detach())
+        return top1(gate_logits, straight_through=True)
 
     def forward_given(self, images: Tensor, weights: Tensor) -> Tensor:
         """logits [B, classes] under weights [S, B, E, 1, 1, 1]; one-hot ones run one pathway for each image."""

@@ -16,6 +16,7 @@ from dataloaders.imagenet import imagenet
 from dataloaders.imagenet import main as pack_imagenet
 from dataloaders.mnist import mnist
 from dataloaders.tiny_imagenet import tiny_imagenet
+from engine.command import run
 from engine.config import UserError, table_of
 
 
@@ -229,7 +230,7 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     assert found.split("test").labels.tolist() == [0, 1, 0, 1]
     assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
     assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))
-    assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 2
+    assert run(pack_imagenet, [str(root), str(tmp_path / "packed")]) == 2
     assert "exists; delete it first" in capsys.readouterr().err
     folders = class_folders(tmp_path / "folders", ("train", "val"), ["n01", "n02"], 3, (48, 64))
     plain = imagenet(cache, root=str(folders), edge=32, val_images=2)

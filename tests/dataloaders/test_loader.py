@@ -56,6 +56,13 @@ def evaluation(data, workers=0, batch_size=4, size=SIZE, resolution="native", in
     )
 
 
+def all_of(batches):
+    """The batches, of which there has to be one: else a loop over them asserts nothing."""
+    found = list(batches)
+    assert found
+    return found
+
+
 def names(batches):
     return [frame.name for batch in batches for frame in batch.frames]
 
@@ -106,7 +113,7 @@ def test_over_the_epochs_no_frame_is_left_out(data):
 def test_a_frame_is_changed_by_its_own_seed(data):
     batches = training(data, batch_size=3)
     row = {frame.name: row for row, frame in enumerate(batches.cache.frames)}
-    for batch in batches.epoch(2):
+    for batch in all_of(batches.epoch(2)):
         for place, frame in enumerate(batch.frames):
             number = row[frame.name]
             image, labels = augmented(
@@ -164,7 +171,7 @@ def test_evaluation_rows_are_the_places_of_the_frames(data):
 
 def test_the_changes_of_a_frame_differ_between_epochs(data):
     batches = training(data, batch_size=1)
-    first = {batch.frames[0].name: batch.images for batch in batches.epoch(0)}
+    first = {batch.frames[0].name: batch.images for batch in all_of(batches.epoch(0))}
     second = {batch.frames[0].name: batch.images for batch in batches.epoch(1)}
     assert all(not torch.equal(first[name], second[name]) for name in first)
 
@@ -172,7 +179,7 @@ def test_the_changes_of_a_frame_differ_between_epochs(data):
 def test_without_augmentation_batches_are_the_cached_frames(data):
     batches = training(data, augment="none")
     row = {frame.name: row for row, frame in enumerate(batches.cache.frames)}
-    for batch in batches.epoch(0):
+    for batch in all_of(batches.epoch(0)):
         assert batch.images.dtype == batch.labels.dtype == torch.uint8
         for place, frame in enumerate(batch.frames):
             image, labels = batches.cache.images[row[frame.name]], batches.cache.labels[row[frame.name]]
@@ -237,15 +244,15 @@ def test_evaluation_keeps_the_order_and_the_last_batch(data, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_native_labels_are_those_of_the_source(data, workers):
-    for batch in evaluation(data, workers):
+    for batch in all_of(evaluation(data, workers)):
         assert len(batch.native_labels) == len(batch.frames)
         for labels, frame in zip(batch.native_labels, batch.frames, strict=True):
             assert np.array_equal(labels, data[0].read_label(frame.label)[0])
 
 
 def test_native_labels_are_none_where_they_would_repeat_the_labels(data):
-    assert all(batch.native_labels is None for batch in evaluation(data, resolution="network"))
-    for batch in evaluation(data, size=(24, 40)):
+    assert all(batch.native_labels is None for batch in all_of(evaluation(data, resolution="network")))
+    for batch in all_of(evaluation(data, size=(24, 40))):
         assert batch.native_labels is None
         for labels, frame in zip(batch.labels, batch.frames, strict=True):
             assert np.array_equal(labels, data[0].read_label(frame.label)[0])
@@ -282,5 +289,5 @@ def test_workers_are_as_many_as_the_shared_memory_carries(data, monkeypatch, cap
 
 def test_padding_is_ignored(data):
     small = SimpleNamespace(scale=(0.5, 0.5), flip=0.0, color=0.0, blur=0.0)
-    for batch in training(data, augment=small).epoch(0):
+    for batch in all_of(training(data, augment=small).epoch(0)):
         assert (batch.labels == IGNORE).sum(dim=(1, 2)).min() >= SIZE[0] * SIZE[1] * 3 // 4

@@ -205,7 +205,7 @@ def test_bf16_is_for_the_step_and_not_for_the_attack():
     )
     seen = []
     net.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-    compute_gradients(phase, net, [(images, labels)], bf16=True)
+    compute_gradients(phase, net, [(images, labels)], precision="bf16")
     assert seen == [torch.float32] * 3 + [torch.bfloat16]
 
 

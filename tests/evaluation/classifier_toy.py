@@ -13,12 +13,11 @@ from torch import nn
 from attacks import autoattack
 from evaluation.classifier_tables import AUTOATTACK, SUITE, About, Clean, write_classifier_tables
 from evaluation.classifiers import answers
-from evaluation.image_results import PATH
 from evaluation.ledger import Ledger
 from evaluation.plan import Scene, Setup
 from evaluation.robust import attack_all
 from evaluation.suites import member
-from evaluation.targets import target_of
+from evaluation.targets import PATH, target_of
 
 CLASSES, SHAPE, IMAGES, EXPERTS = 5, (1, 5, 5), 6, 2
 EPS = (0.01, 0.04)

@@ -10,7 +10,7 @@ import torch
 
 from dataloaders.loader import Batch
 from engine.config import UserError
-from evaluation.corruptions import MEAN, Corrupted, CorruptionTables, passes, write_corruptions
+from evaluation.corruptions import MEAN, Corrupted, CorruptionTables, rounds, write_corruptions
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
 from evaluation.tables import RESULT_COLUMNS, write_tables
 from metrics.confusion import aacc, miou
@@ -92,7 +92,7 @@ def test_passes_go_on_where_they_stopped(tmp_path):
         return results_with(severity)
 
     with pytest.raises(KeyboardInterrupt):
-        list(passes(tmp_path, GRID, {"seed": 1}, evaluate))
+        list(rounds(tmp_path, GRID, {"seed": 1}, evaluate))
     assert done == GRID[:2]
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -100,21 +100,21 @@ def test_passes_go_on_where_they_stopped(tmp_path):
         assert (corruption, severity) in GRID[2:]
         return results_with(severity)
 
-    got = list(passes(tmp_path, GRID, {"seed": 1}, rest))
+    got = list(rounds(tmp_path, GRID, {"seed": 1}, rest))
     assert [pair for *pair, _ in got] == [list(pair) for pair in GRID]
     assert all((tmp_path / name).read_bytes() == data for name, data in first.items())
     assert np.array_equal(got[1][2].matrices, results_with(5).matrices)
-    again = list(passes(tmp_path, GRID, {"seed": 1}, lambda *_: pytest.fail("ran again")))
+    again = list(rounds(tmp_path, GRID, {"seed": 1}, lambda *_: pytest.fail("ran again")))
     assert len(again) == 4
 
 
 def test_passes_of_something_else_are_refused(tmp_path):
-    list(passes(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "x"}}, lambda *_: results_with(30)))
+    list(rounds(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "x"}}, lambda *_: results_with(30)))
     with pytest.raises(UserError, match=r"another evaluation, .*networks\.a \(was x, is y\); --overwrite"):
-        next(passes(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "y"}}, lambda *_: results_with(30)))
+        next(rounds(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "y"}}, lambda *_: results_with(30)))
     (tmp_path / "fog_1.npz").write_bytes(b"damaged")
     with pytest.raises(UserError, match="fog_1.npz: damaged"):
-        list(passes(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "x"}}, lambda *_: results_with(30)))
+        list(rounds(tmp_path, GRID[:1], {"seed": 1, "networks": {"a": "x"}}, lambda *_: results_with(30)))
 
 
 def test_rows_are_the_figures_of_each_pass_over_classes_with_truth():
@@ -211,5 +211,5 @@ def test_tables_on_disk(tmp_path):
 def test_results_of_a_pass_keep_what_gates_said(tmp_path):
     cases = {"gate": np.zeros((24, 3, 7, 4), np.int32)}
     given = replace(results_with(30), weights={"gate": np.full((24, 2, 1), 0.5, np.float32)}, cases=cases)
-    ((_, _, kept),) = passes(tmp_path, GRID[:1], {}, lambda *_: given)
+    ((_, _, kept),) = rounds(tmp_path, GRID[:1], {}, lambda *_: given)
     assert np.array_equal(kept.weights["gate"], given.weights["gate"]) and not kept.cases

@@ -21,7 +21,7 @@ def classwise():
 
 
 def test_gate_rows_per_subset_class_and_expert(results_of):
-    results = replace(results_of(weights=classwise()), dead={"moe": np.array([0, 1, 0.5, 0.5, 0.25, 0.75])})
+    results = replace(results_of(weights=classwise()), dead={"moe": np.array([0, 1, 0.5, 0.5, 0.25, 0.25])})
     by_key = keyed(gate_rows(results, ["highway", "urban"]))
     assert len(by_key) == 2 * 4 * 2
     assert by_key["highway", "", "highway"]["mean"] == pytest.approx(0.8 - 0.05)

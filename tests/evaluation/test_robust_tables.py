@@ -1,6 +1,7 @@
 """Robust figures from a ledger whose every count is known."""
 
 import csv
+import re
 from itertools import product
 
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 from evaluation.beside import Beside
 from evaluation.certificate import Certified
 from evaluation.findings import Finding, Flags
+from evaluation.formats import eps_text
 from evaluation.ledger import INCUMBENTS
 from evaluation.plan import units_of
 from evaluation.results import FLOOR
 from evaluation.robust_results import RobustResults, within_floor
 from evaluation.robust_tables import (
     add_to_results,
-    eps_text,
     in_words,
     robust_markdown,
     robust_rows,
@@ -351,6 +352,8 @@ def test_the_page_says_what_figures_need():
     ):  # fmt: skip
         assert fact in text, fact
     assert "favours" not in text
+    intervals = re.findall(r" \[(-?[0-9.]+), (-?[0-9.]+)\]", text)
+    assert intervals and {len(edge.partition(".")[2]) for pair in intervals for edge in pair} == {1}
     two = robust_markdown(
         results(lambda target, *rest: steps("moe", *rest), targets=("mean", "moe", "other"))
     )

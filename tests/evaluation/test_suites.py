@@ -8,8 +8,8 @@ from engine.config import UserError, component
 from evaluation.stand_ins import count_passes
 from evaluation.suites import (
     COMMON,
-    ENSEMBLE,
-    ROUTED,
+    ON_GATES,
+    ON_MEMBERS,
     attacks_for,
     describe,
     extra_members,
@@ -110,7 +110,7 @@ def test_attacks_of_a_config_are_further_members_and_clean_is_none():
 def test_attacks_that_know_what_they_attack_are_adaptive_and_for_targets_that_have_it():
     routed, ensemble = (
         [component("attacks:ATTACKS", name.split()[0], steps=30) for name in group["standard"]]
-        for group in (ROUTED, ENSEMBLE)
+        for group in (ON_GATES, ON_MEMBERS)
     )
     plain = [component("attacks:ATTACKS", one["name"]) for own in COMMON.values() for one in own.values()]
     given = attacks_for([*routed, *plain, *ensemble], {kind: kind for kind in KINDS})

@@ -23,6 +23,15 @@ def vgg_macs(widths, edge):
     return macs + 4 * before * 256 + 256 * 256 + 256 * 10
 
 
+def test_every_part_stays_in_its_mode():
+    model = CNNMoE(10, arch="resnet18", ratio=0.1)
+    model.train().router.eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    cost_of(model, (3, 32, 32))
+    assert {name: module.training for name, module in model.named_modules()} == before
+    assert {True, False} == set(before.values())
+
+
 DENSE = [64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
 
 

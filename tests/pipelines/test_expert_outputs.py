@@ -188,8 +188,9 @@ def test_the_mixture_of_cached_outputs_is_that_of_the_images(workshop, tmp_path)
 
 def test_images_are_there_for_a_gate_that_reads_them(workshop, tmp_path):
     training = Training(workshop, tmp_path, {"budget": "1GB"}, FLIPS, input="image")
-    source = training.open()
-    for batch in training.batches.epoch(0):
+    source, batches = training.open(), list(training.batches.epoch(0))
+    assert batches
+    for batch in batches:
         assert torch.equal(source.training(batch, CPU, LAYOUT).images, images_of(batch, CPU, LAYOUT))
 
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas
 
 from evaluation.gate_table import regret
-from reports.findings import chosen_gate, findings, main_subset
+from evaluation.results import main_subset
+from reports.findings import findings
 
 COLUMNS = ["highway", "urban", "all", "fog"]
 
@@ -154,5 +155,5 @@ def test_whether_a_gate_reads_the_light(results_of):
 def test_nothing_is_said_of_what_is_not_there(results_of):
     assert headlines(results_of(experts=(), gates=())) == []
     assert headlines(results_of(gates=()))[2:] == []
-    assert chosen_gate(results_of(gates=())) == ""
+    assert results_of(gates=()).lead_gate == ""
     assert main_subset(["fog", "urban"]) == "fog" and main_subset(COLUMNS) == "all"
