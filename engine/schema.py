@@ -391,8 +391,9 @@ class Evaluate(Section):
 
 def attacking(attacks: Any) -> bool:
     """Whether evaluate.attacks, as written, holds anything but clean images."""
-    names = [one.get("name") if isinstance(one, dict) else one for one in attacks or ()]
-    return any(name != "clean" for name in names)
+    if not isinstance(attacks, list):
+        return bool(attacks)  # what is wrong with it is told elsewhere
+    return any((one.get("name") if isinstance(one, dict) else one) != "clean" for one in attacks)
 
 
 def motionless(eps: float) -> str:
@@ -438,6 +439,9 @@ def _run_or_network(value: Any) -> str | Component:
 Source = Annotated[str | Component, PlainValidator(_run_or_network)]
 
 
+ROBUST_EPS = ("2/255", "4/255", "8/255")  # evaluate.eps of adversarially trained networks
+
+
 class Run(Config):
     """One network, one gate over frozen experts, or one ensemble of experts."""
 
@@ -462,6 +466,15 @@ class Run(Config):
     )
     train: Train | None = Field(None, description="training; null: the run can only be evaluated")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="evaluation")
+
+    @classmethod
+    def bound(cls, data: dict, mistakes: list[Mistake]) -> dict:
+        """What is trained on attacked images is attacked more strongly, where the config names no eps."""
+        train, evaluate = data.get("train"), data.get("evaluate") or {}
+        robust = isinstance(train, dict) and train.get("adversarial") not in (None, "none")
+        if robust and isinstance(evaluate, dict) and evaluate.get("eps") is None:
+            return {**data, "evaluate": {**evaluate, "eps": list(ROBUST_EPS)}}
+        return data
 
     @property
     def starts(self) -> dict[str, str]:

@@ -83,7 +83,8 @@ def evaluate(
     if class_pixels is not None:
         target = replace(target, class_pixels=tuple(class_pixels))
     scenes = Scenes(batches, blocks)
-    setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index)
+    about = {"image_size": list(first.shape[-2:])}
+    setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)

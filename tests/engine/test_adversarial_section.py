@@ -31,6 +31,15 @@ def test_the_section_with_its_defaults_and_resolved(write, text):
     assert load(write(text), ["train.adversarial={attack: pgd, eps: 0.5, norm: l2, steps: 1}"])
 
 
+def test_what_is_trained_on_attacked_images_has_a_ladder_of_its_own(write):
+    def eps(**overrides):
+        return load(write(EXPERT), overrides).evaluate.eps
+
+    assert max(eps()) == 2 / 255
+    assert eps(**{"train.adversarial": ATTACK}) == [2 / 255, 4 / 255, 8 / 255]
+    assert eps(**{"train.adversarial": ATTACK, "evaluate.eps": [1 / 255]}) == [1 / 255]
+
+
 @pytest.mark.parametrize(
     ("change", "line"),
     [
