@@ -23,6 +23,7 @@ from torch import Tensor
 from attacks.threat import sizes
 from engine.command import run
 from engine.config import Evaluation, UserError, load
+from engine.devices import pick_device
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
 from evaluation.certificate import certify_targets
@@ -319,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
     config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
     if not isinstance(config, Evaluation):
         raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
-    device = torch.device(arguments.device)
+    device = pick_device(arguments.device)
     verdict = verify(arguments.submission, *submitted(config, device), device)
     print("\n".join(verdict.lines()))
     return 2 if verdict.problems else 0

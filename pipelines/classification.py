@@ -12,6 +12,7 @@ from dataloaders.image_set import ImageSet, ImageSplit
 from engine.arithmetic import layout_of
 from engine.checkpoints import differing, load_metadata, load_weights
 from engine.config import Classification, RouterTraining, UserError
+from engine.devices import pick_device
 from engine.learner import Learner, Result
 from engine.loop import fit, optimizer_steps
 from engine.pathways import Inputs, RouterPhase, adversary_of, classified
@@ -22,7 +23,6 @@ from networks.complexity import parameters
 from pipelines.classifier_costs import describe_costs, without_pruned
 from pipelines.classifier_validation import metric_names, validated
 from pipelines.models import weights_file
-from pipelines.segmentation import pick_device
 
 BALANCED_ON = 512  # images that the router's first biases are set from
 

@@ -19,6 +19,7 @@ from engine.config import (
     UserError,
     dump,
 )
+from engine.devices import own_gpu, pick_device
 from engine.pathways import NO_LABEL
 from evaluation.beside import FINDINGS, write_beside
 from evaluation.classifier_suites import classifier_members, passes_of
@@ -38,7 +39,6 @@ from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
 from pipelines.models import load_classifier, require_classes
-from pipelines.segmentation import own_gpu, pick_device
 
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 

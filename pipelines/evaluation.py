@@ -13,6 +13,7 @@ from dataloaders.frames import Frame, FrameIndex
 from dataloaders.transforms import valid_window
 from engine.checkpoints import atomic_write
 from engine.config import Evaluation, Run, UserError, dump
+from engine.devices import own_gpu, pick_device
 from evaluation.ceilings import NO_CEILINGS, Ceilings, ceilings_for
 from evaluation.console import results_table
 from evaluation.corruptions import Corrupted
@@ -26,7 +27,7 @@ from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines import corruptions, robustness
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo, subsets_of
-from pipelines.segmentation import evaluation_batches, own_gpu, pick_device, refuse_bad_data
+from pipelines.segmentation import evaluation_batches, refuse_bad_data
 from reports.figures import overlay, shown_rows
 
 

@@ -1,7 +1,6 @@
 """The training pipeline: a config's data, network and loss, handed to the engine."""
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from importlib import import_module
@@ -18,6 +17,7 @@ from engine.adversarial import Adversary
 from engine.arithmetic import autocast_of, layout_of
 from engine.checkpoints import load_metadata
 from engine.config import IGNORE, Data, Run, UserError
+from engine.devices import pick_device
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
 from engine.randomness import random_state, seed_everything
@@ -391,24 +391,3 @@ def describe(
 
 def shape_text(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape))
-
-
-def pick_device(name: str) -> torch.device:
-    """auto takes a GPU where there is one. UserError for a device that isn't there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise UserError(
-            f"--device {name}: there is no such GPU ({torch.cuda.device_count()} found); use cpu or auto"
-        )
-    return device
-
-
-def own_gpu(device: torch.device) -> torch.device:
-    """Of several processes on a machine (torchrun) each takes a GPU of its own, unless one is named."""
-    local = os.environ.get("LOCAL_RANK")
-    alone = device.type != "cuda" or device.index is not None or local is None
-    return device if alone else torch.device("cuda", int(local))

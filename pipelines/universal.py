@@ -21,11 +21,11 @@ from dataloaders.frames import FrameIndex
 from engine.checkpoints import atomic_write
 from engine.command import run
 from engine.config import Data, Evaluation, Run, UserError, load
+from engine.devices import pick_device
 from evaluation.formats import percent
 from evaluation.targets import class_weights, exact_float32, under_attack
 from pipelines.matrix import as_evaluation, load_zoo
 from pipelines.robustness import target_of_row
-from pipelines.segmentation import pick_device
 
 
 @dataclass(frozen=True)
