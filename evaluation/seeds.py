@@ -1,68 +1,123 @@
-"""Mean and spread of several runs of one pipeline: python -m evaluation.seeds RUN_FOLDER RUN_FOLDER ..."""
+"""Mean and spread of several runs of one pipeline: python -m evaluation.seeds [--attacked] RUN_FOLDER RUN_FOLDER ...
 
+The mIoU of every row on every subset; with --attacked, and so for classifiers, clean figures and worst cases.
+"""
+
+import argparse
 import csv
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engine.command import run
 from engine.config import UserError
-from evaluation.formats import markdown_table
+from evaluation.formats import eps_text, markdown_table
 
-MATRIX = "matrix.csv"
+MATRIX, RESULTS = "matrix.csv", "results.csv"
+ATTACKED = {
+    "clean": "clean",
+    "pgd ce": "PGD",
+    "worst of common": "common",
+    "worst of adaptive": "adaptive",
+    "autoattack": "AutoAttack",
+}
+FIGURES = {"miou": "mIoU", "aacc": "aAcc", "top1": "top-1"}
+OTHER_FIGURES = {
+    "top1_attack_on_router": "router attacked",
+    "top1_attack_on_experts": "experts attacked",
+    "all_paths_empirical": "all paths",
+    "route_stability": "route unchanged",
+}
+
+Figures = dict[
+    str, dict[str, float | None]
+]  # by row name and column title, fractions; None where not defined
 
 
-def find_matrix(folder: str | Path) -> Path:
-    """The one matrix.csv in or below a folder. Raises UserError where there is none, or several."""
+def find_table(folder: str | Path, name: str) -> Path:
+    """The one file of this name in or below a folder. Raises UserError where there is none, or several."""
     folder = Path(folder)
-    found = [folder / MATRIX] if (folder / MATRIX).is_file() else sorted(folder.rglob(MATRIX))
+    found = [folder / name] if (folder / name).is_file() else sorted(folder.rglob(name))
     if not found:
-        raise UserError(f"{folder}: no {MATRIX} here or below; run the pipeline's evaluation first")
+        raise UserError(f"{folder}: no {name} here or below; run the pipeline's evaluation first")
     if len(found) > 1:
         places = ", ".join(str(path.parent) for path in found)
         raise UserError(f"{folder}: several evaluations ({places}); name the folder of one")
     return found[0]
 
 
-def read_matrix(path: Path) -> dict[str, dict[str, float | None]]:
-    """mIoU columns of a matrix.csv by row name, fractions; None where a row is not defined."""
+def read_rows(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows or "model" not in rows[0]:
-        raise UserError(f"{path}: not a {MATRIX} of an evaluation")
+        raise UserError(f"{path}: not a {path.name} of an evaluation")
+    return rows
+
+
+def read_matrix(path: Path) -> Figures:
+    """mIoU columns of a matrix.csv."""
     return {
         row["model"]: {
-            column: float(value) if value else None
+            _title(column): float(value) if value else None
             for column, value in row.items()
             if column.startswith("miou_")
         }
-        for row in rows
+        for row in read_rows(path)
     }
 
 
-def summary(folders: Sequence[str | Path]) -> str:
-    """A Markdown table, in percent: mean, sd (n - 1) and smallest .. largest of every figure over the runs.
+def read_attacked(path: Path) -> Figures:
+    """Clean figures and worst cases of a results.csv. UserError where nothing was attacked."""
+    found: Figures = {}
+    for row in read_rows(path):
+        column = column_of(row)
+        if column:
+            found.setdefault(row["model"], {})[column] = float(row["value"]) if row["value"] else None
+    if not found:
+        raise UserError(f"{path}: holds no attacked figures; evaluate with evaluate.suite")
+    columns = list(dict.fromkeys(column for own in found.values() for column in own))
+    return {model: {column: own.get(column) for column in columns} for model, own in found.items()}
+
+
+def column_of(row: Mapping[str, str]) -> str | None:
+    """Title of what a row of results.csv says of an attacked model; None for what stands in no column here."""
+    if (
+        not row["suite"]
+        or row["kind"] == "difference"
+        or (row["suite"], row["attack"]) == ("autoattack", "clean")
+    ):
+        return None
+    eps = f" {eps_text(float(row['eps']))}" if row["eps"] and float(row["eps"]) else ""
+    if row["metric"] in OTHER_FIGURES:
+        return OTHER_FIGURES[row["metric"]] + eps
+    if row["metric"] in FIGURES and row["attack"] in ATTACKED:
+        return f"{FIGURES[row['metric']]} {ATTACKED[row['attack']]}{eps}"
+    return None
+
+
+def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
+    """A Markdown table, in percent: mean, sd (n - 1) and smallest .. largest of every figure over the runs. attacked:
+    of clean figures and worst cases, in place of the clean matrix.
 
     Raises UserError for fewer than two runs, a run given twice, and runs with other columns. Rows that not
     every run has are named below the table."""
-    paths = [find_matrix(folder) for folder in folders]
+    name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
+    paths = [find_table(folder, name) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise UserError("name at least two run folders, each once: python -m evaluation.seeds RUN_FOLDER ...")
-    matrices = [read_matrix(path) for path in paths]
-    columns = list(next(iter(matrices[0].values())))
-    for path, matrix in zip(paths, matrices, strict=True):
-        if list(next(iter(matrix.values()))) != columns:
+    tables = [read(path) for path in paths]
+    columns = list(next(iter(tables[0].values())))
+    for path, table in zip(paths, tables, strict=True):
+        if list(next(iter(table.values()))) != columns:
             raise UserError(f"{path}: has other columns than {paths[0]}; compare runs of one pipeline")
-    shared = [name for name in matrices[0] if all(name in matrix for matrix in matrices)]
+    shared = [name for name in tables[0] if all(name in table for table in tables)]
     cells = [
-        [name, *(_spread([matrix[name][column] for matrix in matrices]) for column in columns)]
-        for name in shared
+        [name, *(_spread([table[name][column] for table in tables]) for column in columns)] for name in shared
     ]
-    titles = ["model", *(_title(column) for column in columns)]
     lines = [f"{len(paths)} runs; mean ± sd (smallest .. largest), percent.", ""]
-    lines += markdown_table(titles, cells, left=1)
-    others = sorted({name for matrix in matrices for name in matrix} - set(shared))
+    lines += markdown_table(["model", *columns], cells, left=1)
+    others = sorted({name for table in tables for name in table} - set(shared))
     if others:
         lines += ["", f"Not in every run: {', '.join(others)}."]
     return "\n".join(lines)
@@ -82,7 +137,13 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    print(summary(arguments))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folders", metavar="RUN_FOLDER", nargs="+", help="of one pipeline, or of one evaluation in it"
+    )
+    parser.add_argument("--attacked", action="store_true", help="clean figures and worst cases under attack")
+    given = parser.parse_args(arguments)
+    print(summary(given.folders, given.attacked))
     return 0
 
 

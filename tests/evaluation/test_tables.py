@@ -9,6 +9,7 @@ import pytest
 
 from engine.command import run
 from engine.config import UserError
+from evaluation.formats import csv_text
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
 from evaluation.seeds import main, summary
 from evaluation.tables import (
@@ -172,6 +173,46 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
     assert "Not in every run: old." in text
     assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0
     assert "2 runs" in capsys.readouterr().out
+
+
+def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
+    def row(model, suite, attack, eps, metric, value, kind="cnn"):
+        return {
+            "model": model,
+            "kind": kind,
+            "suite": suite,
+            "attack": attack,
+            "eps": eps,
+            "metric": metric,
+            "value": value,
+        }
+
+    for name, value in (("a", 0.5), ("b", 0.6)):
+        rows = [
+            row("moe", "", "", "", "top1", 0.99),  # of other images
+            row("moe", "quick", "clean", 0.0, "top1", value),
+            row("moe", "quick", "pgd ce", 0.1, "top1", 0.77),
+            row("moe", "quick", "worst of adaptive", 0.1, "top1", value / 2),
+            row("moe", "quick", "change_route", 0.1, "top1_attack_on_router", 0.4),
+            row("moe", "autoattack", "clean", 0.0, "top1", 0.98),
+            row("moe", "autoattack", "autoattack", 0.1, "top1", 0.2),
+            row("plain", "quick", "clean", 0.0, "top1", 0.9),
+            row("moe - plain", "quick", "worst of adaptive", 0.1, "top1", 0.1, "difference"),
+            row(FLOOR, "quick", "", "", "top1", 0.1, "floor"),
+        ]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.csv").write_text(csv_text(RESULT_COLUMNS, rows))
+    head, _, moe, plain = summary([tmp_path / "a", tmp_path / "b"], attacked=True).splitlines()[2:]
+    titles = ["top-1 clean", "top-1 PGD 25.5/255", "top-1 adaptive 25.5/255", "router attacked 25.5/255"]
+    assert head == f"| model | {' | '.join([*titles, 'top-1 AutoAttack 25.5/255'])} |"
+    assert moe.startswith(
+        "| moe | 55.00 ± 7.07 (50.00 .. 60.00) | 27.50 ± 3.54 (25.00 .. 30.00) | 40.00 ± 0.00 "
+    )
+    assert plain == "| plain | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - |"
+    assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "top1", 1)]))
+    with pytest.raises(UserError, match="holds no attacked figures"):
+        summary([tmp_path / "a", tmp_path / "b"], attacked=True)
 
 
 def test_seeds_tell_what_is_wrong(tmp_path, capsys):
