@@ -206,7 +206,7 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
     titles = ["top-1 clean", "top-1 PGD 25.5/255", "top-1 adaptive 25.5/255", "router attacked 25.5/255"]
     assert head == f"| model | {' | '.join([*titles, 'top-1 AutoAttack 25.5/255'])} |"
     assert moe.startswith(
-        "| moe | 55.00 ± 7.07 (50.00 .. 60.00) | 27.50 ± 3.54 (25.00 .. 30.00) | 40.00 ± 0.00 "
+        "| moe | 55.00 ± 7.07 (50.00 .. 60.00) | 77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
     )
     assert plain == "| plain | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - |"
     assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
