@@ -122,17 +122,21 @@ def is_inside(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
     """Which of the B points lie in ball and box, up to float32's rounding; bool [B]. NaN doesn't."""
     bound = threat.eps + TOLERANCE * (1 if threat.norm == "linf" else max(1.0, threat.eps))
     flat = points.flatten(1)
-    return (_used(points, images, threat) <= bound) & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
+    return (_used(points, images, threat.norm) <= bound) & (flat.amin(dim=1) >= 0) & (flat.amax(dim=1) <= 1)
 
 
-def _used(points: Tensor, images: Tensor, threat: Threat) -> Tensor:
-    return sizes(points, images)[threat.norm == "l2"]
+def _used(points: Tensor, images: Tensor, norm: str) -> Tensor:
+    """One of `sizes`, in float32: attacks ask at every step."""
+    change = points - images
+    if norm == "linf":
+        return change.abs_().flatten(1).amax(dim=1).double()
+    return lengths(change).flatten().double()
 
 
 def check_inside(points: Tensor, images: Tensor, threat: Threat) -> None:
     """AssertionError where a point has left ball or box, or isn't finite: a bug of the attack that made it."""
     if not is_inside(points, images, threat).all():
-        used = _used(points, images, threat).max().item()
+        used = _used(points, images, threat.norm).max().item()
         raise AssertionError(
             f"an adversarial image is {used} from its image ({threat.norm}), eps {threat.eps}"
         )

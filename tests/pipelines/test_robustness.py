@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.checkpoints import load_metadata
+from engine.command import run
 from engine.config import UserError
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
@@ -113,7 +114,7 @@ def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop,
     assert main([str(folder), f"experts.night={workshop.run('day')}"]) == 2
     printed = capsys.readouterr().out
     assert "wrong: gate: other weights or another network" in printed and printed.endswith("refused\n")
-    assert main([str(folder), "evaluate.attack_imagse=3"]) == 2
+    assert run(main, [str(folder), "evaluate.attack_imagse=3"]) == 2
     assert "did you mean" in capsys.readouterr().err
 
 
