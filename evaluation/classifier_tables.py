@@ -539,5 +539,5 @@ def summary(clean: Clean, results: ImageResults | None, flags: Flags) -> list[st
             value = percent(float(results.worst(model, one, "adaptive").mean())) if there else "-"
             line.append(value + flags.mark(model, one) * there)
         lines.append(line)
-    floor = percent(floor_of(clean))
-    return aligned([*lines, [FLOOR, floor, *[floor] * len(eps)]], left=1) + told_of(flags)
+    attacked = [percent(results.floor()) for _ in eps]
+    return aligned([*lines, [FLOOR, percent(floor_of(clean)), *attacked]], left=1) + told_of(flags)
