@@ -247,7 +247,7 @@ def test_best_is_the_first_of_equals_and_says_what_it_is(tmp_path):
     assert metadata.pop("tensors_sha256") == tensors_sha256(tensors)
     assert metadata == {
         "class_names": ["a"], "epoch": 2, "steps": 12, "images_seen": 48, "monitor": "miou",
-        "metrics": {"miou": 0.5, "aacc": 0.5},
+        "metrics": {"miou": 0.5, "aacc": 0.5}, "budget": {"steps": 24, "images": 96},
     }  # fmt: skip
     header = run.best.read_bytes()
     header = json.loads(header[8 : 8 + struct.unpack("<Q", header[:8])[0]])
@@ -600,10 +600,15 @@ def test_a_best_file_newer_than_the_state_is_kept(tmp_path, monkeypatch):
         patch.setattr(resume, "save_state", save_once)
         with pytest.raises(RuntimeError, match="killed"):
             train(tmp_path / "run", validate=scripted([0.1, 0.9]))
-    before = (tmp_path / "run/checkpoints/best.safetensors").read_bytes()
+    before, told = load_weights(tmp_path / "run/checkpoints/best.safetensors")
     result, run, _ = train(tmp_path / "run", resume=True, validate=scripted([0.8, 0.7]))
     assert (result.best, result.best_epoch) == (0.9, 2)
-    assert run.best.read_bytes() == before
+    after, metadata = load_weights(run.best)
+    assert tensors_sha256(after) == tensors_sha256(before)
+    assert {**metadata, "budget": None} == {
+        **told,
+        "budget": None,
+    }  # but for what the training took as a whole
 
 
 def test_only_what_training_changes_is_in_the_state(tmp_path):

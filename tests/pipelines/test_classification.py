@@ -249,7 +249,7 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path, keys, told):
         (ROUTED, {"router": {"schedule": {"name": "cosine", "warmup_steps": 1000}}}, "warmup_steps: 1000 is wrong"),
         (PLAIN, {"method": "trades", "optimizer": {"name": "sgd", "lr": 1, "momentum": 0, "nesterov": True}},
          "nesterov: true needs momentum"),
-        ({**ROUTED, "num_experts": 12}, {}, "train.router.target: label_mod sends 10 classes .* num_experts is 12"),
+        ({**ROUTED, "num_experts": 12}, {}, "train.router.target: label_mod sends 10 classes .*num_experts is 12"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(tmp_path, network, keys, told):

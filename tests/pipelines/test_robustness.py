@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.checkpoints import load_metadata
+from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.command import run
 from engine.config import UserError
 from evaluation.ledger import read_manifest, read_units
@@ -102,7 +102,7 @@ def test_no_table_of_an_earlier_evaluation_stands_beside_a_new_one(workshop):
     assert (before / "ledger" / "segment_000.jsonl").read_bytes() == ledger
 
 
-def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop, capsys):
+def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop, capsys, tmp_path):
     config = attacked(
         workshop, name="submitted", attack_rows=["gate", "day"], attack_images=2, adversarials="uint8"
     )
@@ -111,7 +111,11 @@ def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop,
     capsys.readouterr()
     assert main([str(folder)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "verified"
-    assert main([str(folder), f"experts.night={workshop.run('day')}"]) == 2
+    tensors, metadata = load_weights(workshop.run("night") / "checkpoints" / "best.safetensors")
+    (tmp_path / "checkpoints").mkdir()
+    changed = {name: one + 0.01 if one.is_floating_point() else one for name, one in tensors.items()}
+    save_weights(tmp_path / "checkpoints" / "best.safetensors", changed, metadata)
+    assert main([str(folder), f"experts.night={tmp_path}"]) == 2
     printed = capsys.readouterr().out
     assert "wrong: gate: other weights or another network" in printed and printed.endswith("refused\n")
     assert run(main, [str(folder), "evaluate.attack_imagse=3"]) == 2

@@ -271,7 +271,7 @@ def test_overlays_of_an_earlier_evaluation_go(workshop):
     config = {**evaluation_of(workshop), "name": "shown"}
     workshop.evaluate(config)
     overlays = workshop.run("shown") / "evaluation" / "test" / "overlays"
-    assert len(list(overlays.glob("*.png"))) == 3
+    assert len(list(overlays.glob("*.png"))) == 2
     config["evaluate"] = {**config["evaluate"], "overlays": 0}
     workshop.evaluate(config, overwrite=True)
     assert not list(overlays.glob("*.png"))

@@ -73,7 +73,7 @@ class Page(HTMLParser):
 
 def test_the_matrix_with_its_marks(tmp_path, results_of):
     costs = {"moe_simple": Cost(8_912_345, 112_345, 2.449, 18000, 2300)}
-    results = replace(results_of(), dead={"moe_simple": np.array([0.25, 0.0])})
+    results = replace(results_of(), dead={"moe_simple": np.full(12, 0.125)})
     folder = evaluation_folder(tmp_path / "eval", results, costs=costs)
     write_report([folder], [], tmp_path / "demo" / "report.html")
     page = Page(tmp_path / "demo" / "report.html")
