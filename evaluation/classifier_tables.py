@@ -27,7 +27,7 @@ from evaluation.plan import records_of
 from evaluation.record_checks import GAP, ON_GATE, check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.robust_results import COLUMNS
-from evaluation.robust_tables import in_words
+from evaluation.robust_tables import PASSES_TOLD, in_words
 from evaluation.statistics import Estimate, clopper_pearson
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
@@ -357,6 +357,7 @@ def header_lines(results: ImageResults) -> list[str]:
         "Figures are shares of these images in percent with their exact 95 % interval (Clopper-Pearson).",
         "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that know "
         "the router, or (plain networks) as many restarts. Both hold for the attacks that were run, and for no others.",
+        PASSES_TOLD,
         "all paths: images that every pathway by itself withstands attacks on, empirical, no proof. on the router, on "
         "the experts: the whole model under attacks that aim at the router alone, or at the pathway of the clean image "
         "alone. stable: images of which no attack changed a route.",

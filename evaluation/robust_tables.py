@@ -39,6 +39,12 @@ WINNER_COLUMNS = ("model", "eps", "column", "figure", "image", "attack", "attack
 TIMING_COLUMNS = ("model", "eps", "attack", "seconds", "passes")
 
 
+PASSES_TOLD = (
+    "passes: forward passes per image at this eps, common / adaptive; what was found at smaller eps is a candidate "
+    "too, and its passes come on top."
+)
+
+
 def load_robust(ledger: str | Path) -> RobustResults:
     """What a complete ledger says. UserError where there is none."""
     return RobustResults(read_manifest(ledger), read_units(ledger))
@@ -232,6 +238,7 @@ def header_lines(results: RobustResults) -> list[str]:
         "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that "
         "know the gate, the members of the ensemble, or (single networks) as many restarts. Both hold for the "
         "attacks that were run, and for no others.",
+        PASSES_TOLD,
         "bound: no choice of one recorded attack per image has a lower mIoU; it says nothing of other attacks.",
         "any gate: pixels of the adaptive worst case that are right whatever weights a gate of this kind gives, from "
         "the experts alone. Where that is far below aAcc, only the gate holds. It is a diagnostic of these images, no "
