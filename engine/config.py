@@ -33,10 +33,20 @@ from engine.schema import (
     references,
 )
 from engine.sections import ComponentSection, Config, Section
-from engine.values import IGNORE, NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Size
+from engine.values import (
+    DEVICE_NAMES,
+    IGNORE,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Probability,
+    Size,
+)
 from engine.yaml_source import Node, Problem, Source, dump, from_plain, to_plain
 
 __all__ = [
+    "DEVICE_NAMES",
     "IGNORE",
     "Adversarial",
     "Augment",

@@ -5,14 +5,12 @@ import re
 
 import torch
 
-from engine.config import UserError
-
-NAMES = r"auto|cpu|cuda(:\d+)?"
+from engine.config import DEVICE_NAMES, UserError
 
 
 def pick_device(name: str) -> torch.device:
     """auto takes a GPU where there is one. UserError for a device that isn't there, or is none."""
-    if not re.fullmatch(NAMES, name):
+    if not re.fullmatch(DEVICE_NAMES, name):
         raise UserError(f"--device {name}: is wrong; allowed: auto, cpu, cuda, cuda:N")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from engine.errors import Mistakes, wrong
 
+DEVICE_NAMES = r"auto|cpu|cuda(:\d+)?"  # of --device, a regular expression
 IGNORE = 255  # label of pixels that count nowhere
 
 _FRACTION = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*/\s*([0-9.]+)", re.IGNORECASE)

@@ -11,9 +11,9 @@ def percent(value: float) -> str:
     return "-" if value is None or math.isnan(value) else f"{100 * value:.2f}"
 
 
-def in_brackets(low: float, high: float) -> str:
-    """An interval of fractions in percent with one decimal, behind a blank; nothing for NaN."""
-    return "" if math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
+def in_brackets(low: float | None, high: float | None) -> str:
+    """An interval of fractions in percent with one decimal, behind a blank; nothing for NaN or None."""
+    return "" if low is None or math.isnan(low) else f" [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def points(difference: float) -> str:

@@ -285,11 +285,7 @@ def transfer_lines(rows: Sequence[Mapping]) -> list[str]:
         lines += ["", *transfer_table(rows, metric)]
     pairs = [
         f"made for {row['source']}, shown to {row['target']}, {points(row['against_own'])} points"
-        + (
-            ""
-            if row["against_own_low"] is None
-            else in_brackets(row["against_own_low"], row["against_own_high"])
-        )
+        + in_brackets(row["against_own_low"], row["against_own_high"])
         for row in stronger_than_white_box(rows)
     ]
     told = "; ".join(pairs) or "nowhere"
@@ -317,7 +313,7 @@ def gate_free_cell(results: RobustResults, model: str, eps: float) -> str:
 def with_interval(worst: Worst, name: str, floor: Mapping[str, float]) -> str:
     estimate = worst.figures[name]
     low, high = estimate.interval()
-    text = percent(estimate.value) + ("" if math.isnan(low) else in_brackets(low, high))
+    text = percent(estimate.value) + in_brackets(low, high)
     return text + " *" * within_floor(estimate, floor[name])
 
 

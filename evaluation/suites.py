@@ -180,13 +180,11 @@ def made_for(attack: Component) -> tuple[str, tuple[Kind, ...]]:
     return MADE_FOR.get(module_of(attack).__name__, ALL)
 
 
-def refuse_for_label_maps(attacks: Iterable[Component]) -> None:
-    """UserError for an attack that is for classifiers alone."""
+def refuse_for_label_maps(attacks: Iterable[Component], key: str) -> None:
+    """UserError for an attack that is for classifiers alone, naming the key of the config that it is from."""
     for attack in attacks:
         if getattr(module_of(attack), "FOR_CLASSIFIERS", False):
-            raise UserError(
-                f"evaluate.attacks: {attack.name} is for classifiers; label maps have apgd and square"
-            )
+            raise UserError(f"{key}: {attack.name} is for classifiers; label maps have apgd and square")
 
 
 def attacks_for(attacks: Sequence[Component], kinds: Mapping[str, Kind]) -> dict[str, list[Component]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 
 from engine.command import run
 from engine.config import (
+    DEVICE_NAMES,
     Classification,
     ClassifierEvaluation,
     Config,
@@ -126,7 +127,7 @@ def _script(command: str, config: Config, family: str | None) -> str:
 
 
 def _device(text: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
+    if not re.fullmatch(DEVICE_NAMES, text):
         raise argparse.ArgumentTypeError(f"{text!r} is wrong; allowed: auto, cpu, cuda, cuda:N")
     return text
 

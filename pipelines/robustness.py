@@ -210,7 +210,8 @@ def attacked_rows(
     for name in settings.attack_rows or ():
         if name not in known:
             raise UserError(f"evaluate.attack_rows: there is no row {name!r}; allowed: {', '.join(known)}")
-    refuse_for_label_maps([*settings.attacks, *filter(None, [settings.transfer])])
+    refuse_for_label_maps(settings.attacks, "evaluate.attacks")
+    refuse_for_label_maps(filter(None, [settings.transfer]), "evaluate.transfer")
     targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
     parity = max(target.num_experts for target in targets)
     further = attacks_for(settings.attacks, {target.name: target.kind for target in targets})

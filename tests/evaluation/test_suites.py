@@ -152,9 +152,10 @@ def test_passes_are_of_so_many_classes():
 
 def test_what_is_for_classifiers_alone_is_refused_for_label_maps():
     given = [component("attacks:ATTACKS", name) for name in ("pgd", "autoattack")]
-    refuse_for_label_maps(given[:1])
-    with pytest.raises(UserError, match="autoattack is for classifiers; label maps have"):
-        refuse_for_label_maps(given)
+    refuse_for_label_maps(given[:1], "evaluate.attacks")
+    for key in ("evaluate.attacks", "evaluate.transfer"):
+        with pytest.raises(UserError, match=f"{key}: autoattack is for classifiers; label maps have"):
+            refuse_for_label_maps(given, key)
 
 
 def test_none_is_empty_and_others_are_unknown():

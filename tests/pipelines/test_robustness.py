@@ -39,7 +39,7 @@ def attacked(workshop, name="attacked", **settings):
 def evaluated(workshop):
     printed = StringIO()
     with redirect_stdout(printed):
-        workshop.evaluate(attacked(workshop))
+        workshop.evaluate(attacked(workshop), overwrite=True)
     return workshop.run("attacked") / "evaluation" / "test", printed.getvalue()
 
 
