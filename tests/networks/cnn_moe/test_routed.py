@@ -2,6 +2,8 @@
 
 import copy
 import io
+import subprocess
+import sys
 from typing import get_args
 
 import pytest
@@ -363,3 +365,36 @@ def test_a_balanced_router_sends_images_to_all_experts_and_scores_are_bounded():
     huge = router.requires_grad_(False)
     huge.head.weight.mul_(1e6)
     assert huge(images(8, 32)).abs().max() <= 15 and torch.isfinite(huge(images(8, 32))).all()
+
+
+@pytest.mark.parametrize("kernel, stride", [(1, 1), (1, 2), (1, 3), (3, 1), (3, 2)])
+@pytest.mark.parametrize("size", [7, 8])
+def test_a_convolution_is_pytorchs(kernel, stride, size):
+    conv = ExpertConv(5, 4, kernel, stride, bias=True).double()
+    x = images(2, size).repeat(1, 2, 1, 1)[:, :5].double()
+    mine, its = x.clone().requires_grad_(), x.clone().requires_grad_()
+    answer = conv(mine)
+    expected = F.conv2d(its, conv.weight, conv.bias, stride, kernel // 2)
+    torch.testing.assert_close(answer, expected)
+    slope = torch.rand_like(expected)
+    found = torch.autograd.grad(answer, [mine, conv.weight, conv.bias], slope)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [its, conv.weight, conv.bias], slope))
+
+
+STRIDED = """
+import torch
+from networks.cnn_moe.moe_conv import ExpertConv
+torch.set_num_threads(2)
+dice = torch.Generator().manual_seed(0)
+conv = ExpertConv(8, 16, 1, 2).to(memory_format=torch.channels_last)
+for _ in range(600):
+    x = torch.rand(int(torch.randint(1, 33, (1,), generator=dice)), 8, 16, 16)
+    conv(x.contiguous(memory_format=torch.channels_last)).sum().backward()
+print("whole")
+"""
+
+
+def test_narrow_strided_shortcuts_do_not_damage_memory():
+    """oneDNN's own strided 1x1 dies here within some hundred steps, where its AVX-512 kernel runs."""
+    ran = subprocess.run([sys.executable, "-c", STRIDED], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, "whole"), ran.stderr[-500:]
