@@ -35,7 +35,7 @@ class ImageData(ComponentSection):
 
 
 class RouterTraining(Section):
-    """How the router is trained where that is a phase of its own (method: advmoe)."""
+    """How the router is trained where that is a phase of its own (method: advmoe); `balance` for all methods."""
 
     target: Literal["task", "label_mod", "cluster", "none"] = Field(
         "label_mod",
@@ -50,7 +50,8 @@ class RouterTraining(Section):
     )
     balance: NonNegative = Field(
         0.0,
-        description="weight of a loss that lowers the scores of experts with more than their share of images",
+        description="weight of a loss that lowers the scores of experts with more than their share of images, with any "
+        "method",
     )
     clip_norm: Positive = Field(1.0, description="largest norm of its gradient")
     optimizer: Optimizer | None = Field(None, description="of the router; null: train.optimizer")
@@ -74,7 +75,9 @@ class ClassifierTrain(BasicTrain):
     steps: PositiveInt = Field(2, description="gradient steps of the training attack")
     step_size: Positive | None = Field(None, description="length of a step; null: 2.5 eps / steps")
     beta: NonNegative = Field(6.0, description="weight of the divergence under attack (TRADES)")
-    router: RouterTraining | None = Field(None, description="the router's phase, for method: advmoe")
+    router: RouterTraining | None = Field(
+        None, description="the router's phase, for method: advmoe; other methods know its balance alone"
+    )
     balanced_start: Bool = Field(
         True, description="set the biases of a new router so that all experts get images at first"
     )
@@ -106,11 +109,22 @@ class ClassifierTrain(BasicTrain):
             default = cls.model_fields[key].default
             if data.get(key, default) != default:
                 mistakes.append(Mistake((key,), f"has no effect with method: {method}"))
-        if data.get("router") is not None and method in METHODS and method != "advmoe":
-            mistakes.append(Mistake(("router",), f"has no effect with method: {method}"))
+        if method in METHODS and method != "advmoe":
+            mistakes += [
+                Mistake(("router", key), f"has no effect with method: {method}") for key in idle_keys(data)
+            ]
         if data.get("start_head") == "fresh" and data.get("start_from") is None:
             mistakes.append(Mistake(("start_head",), "has no effect without start_from"))
         return mistakes
+
+
+def idle_keys(train: dict) -> list[str]:
+    """The keys of a train section's router, as written, that only method: advmoe knows."""
+    router = train.get("router")
+    if not isinstance(router, dict):
+        return []
+    defaults = {key: field.default for key, field in RouterTraining.model_fields.items() if key != "balance"}
+    return [key for key, default in defaults.items() if router.get(key, default) != default]
 
 
 class ClassifierEvaluate(Section):
@@ -220,4 +234,6 @@ class Classification(Config):
         if method in OF_ROUTERS and name in WITHOUT_ROUTER:
             told = f"{method} trains a router, and a {name} has none; allowed: trades, pgd_at, standard"
             mistakes.append(Mistake(("train", "method"), told))
+        if train.get("router") and name in WITHOUT_ROUTER and method not in OF_ROUTERS:
+            mistakes.append(Mistake(("train", "router"), f"has no effect: a {name} has none"))
         return mistakes

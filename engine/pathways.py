@@ -52,6 +52,17 @@ def classified(run=whole) -> PhaseLoss:
     return replace(supervised(CROSS_ENTROPY), run=run)
 
 
+def balanced(loss, weight: float):
+    """A phase's loss of a whole mixture, plus `weight` times the imbalance of its routes on the clean images."""
+
+    def total(model: nn.Module, inputs: Inputs | Attacked, labels: Tensor) -> tuple[Tensor, Tensor]:
+        value, count = loss(model, inputs, labels)
+        clean = inputs.clean if isinstance(inputs, Attacked) else inputs
+        return value + weight * imbalance(model.gate_logits(clean.images)).double() * count, count
+
+    return total
+
+
 def attack_settings(train: ClassifierTrain) -> Adversarial:
     """The training attack of a classifier in the words of engine.adversarial."""
     return Adversarial(

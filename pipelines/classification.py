@@ -15,7 +15,7 @@ from engine.config import Classification, RouterTraining, UserError
 from engine.devices import pick_device
 from engine.learner import Learner, Result
 from engine.loop import fit, optimizer_steps
-from engine.pathways import Inputs, RouterPhase, adversary_of, classified
+from engine.pathways import Inputs, RouterPhase, adversary_of, balanced, classified
 from engine.randomness import random_state, seed_everything
 from engine.runs import RunFolder, check_run_folder
 from engine.steps import Phase
@@ -140,12 +140,11 @@ def phases_of(config: Classification, model: nn.Module, steps: int) -> list[Phas
         schedule = (recipes.schedule or train.schedule).build(optimizer, steps)
         return Phase(name, loss, list(part.parameters()), optimizer, schedule, attack, clip_norm)
 
-    if train.method == "standard":
-        return [phase("network", model, classified())]
-    adversary = adversary_of(train)
-    if train.method != "advmoe":
-        return [phase("network", model, adversary.loss, adversary.attack)]
     router = train.router or RouterTraining()
+    adversary = None if train.method == "standard" else adversary_of(train)
+    if train.method != "advmoe":
+        loss, attack = (adversary.loss, adversary.attack) if adversary else (classified(), None)
+        return [phase("network", model, balanced(loss, router.balance) if router.balance else loss, attack)]
     routing = RouterPhase(train, router)
     return [
         phase("pathways", model.body, adversary.loss, adversary.attack),

@@ -9,7 +9,16 @@ from torch import nn
 from attacks.threat import Threat, is_inside
 from engine.adversarial import divergence
 from engine.config import ClassifierTrain, RouterTraining
-from engine.pathways import Inputs, RouterPhase, adversary_of, imbalance, score_divergence, score_entropy
+from engine.pathways import (
+    Inputs,
+    RouterPhase,
+    adversary_of,
+    balanced,
+    classified,
+    imbalance,
+    score_divergence,
+    score_entropy,
+)
 from networks.cnn_moe.model import CNNMoE
 
 EPS = 8 / 255
@@ -79,6 +88,20 @@ def test_balance_pulls_a_router_back_that_sends_everything_to_one_expert():
     scores = torch.tensor([[15.0, -15.0], [14.0, -15.0]]).view(1, 2, 2, 1, 1, 1).requires_grad_()
     (slope,) = torch.autograd.grad(imbalance(scores), scores)
     assert torch.allclose(slope.flatten(2).sum(1), torch.tensor([[0.5, -0.5]]))  # however sure the router is
+
+
+def test_balance_adds_the_imbalance_of_the_clean_routes():
+    model, (inputs, labels) = mixture().double().eval(), batch()
+    inputs = Inputs(inputs.images.double())
+    adversary = adversary_of(train(method="at_moe"))
+    attacked = adversary.attack(model, inputs, labels, 0)
+    plain, count = adversary.loss(model, attacked, labels)
+    total, same = balanced(adversary.loss, 0.5)(model, attacked, labels)
+    found = (total - plain).item()
+    assert found == pytest.approx(0.5 * 6 * imbalance(model.gate_logits(inputs.images)).item(), abs=1e-6)
+    assert count == same == 6 and found != 0
+    alone = balanced(classified(), 0.5)(model, inputs, labels)[0] - classified()(model, inputs, labels)[0]
+    assert alone.item() == pytest.approx(found, abs=1e-6)
 
 
 def test_the_pathways_are_trained_given_the_router():

@@ -113,6 +113,23 @@ def test_training_starts_from_another_run_of_an_equal_network(tmp_path):
         build(smaller, smaller.data.build(smaller.data.cache_dir))
 
 
+@pytest.mark.parametrize("method", ["at_moe", "trades", "pgd_at", "standard"])
+def test_balance_is_for_all_methods(tmp_path, method):
+    loads = {}
+    for weight in (0.0, 1.0):
+        keys = {"eps": None, "val_eps": 0.1} if method == "standard" else {}
+        _, rows, _, _ = run(tmp_path, name=f"balance_{weight}", balanced_start=False, method=method, **keys,
+                            router={"balance": weight}, optimizer={"name": "sgd", "lr": 0.01})  # fmt: skip
+        loads[weight] = max(float(rows[-1][f"load_{e}"]) for e in range(3))
+    assert loads[1.0] < loads[0.0]
+
+
+def test_balance_needs_a_router(tmp_path):
+    with pytest.raises(ConfigError, match="train.router: has no effect: a cnn has none"):
+        config(tmp_path, {"name": "cnn", "arch": "resnet18", "ratio": 0.125, "stem": "cifar"}, method="trades",
+               router={"balance": 0.1})  # fmt: skip
+
+
 def test_a_router_that_was_trained_is_not_balanced_anew(tmp_path):
     folder, _, _, _ = run(tmp_path, name="first", method="at_moe")
     still = {"method": "at_moe", "start_from": str(folder), "optimizer": {"name": "sgd", "lr": 1e-12}}
@@ -228,7 +245,10 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"start_head": "new"}, 'train.start_head: "new" is unknown; allowed: kept, fresh'),
         ({"eps": None}, "train.eps: missing; method: advmoe attacks its images"),
         ({"method": "standard"}, "train.eps: has no effect with method: standard"),
-        ({"method": "trades", "router": {}}, "train.router: has no effect with method: trades"),
+        (
+            {"method": "trades", "router": {"balance": 0.1, "clip_norm": 2.0}},
+            "train.router.clip_norm: has no effect with method: trades",
+        ),
         ({"eps": 8}, "train.eps: 8 lets every pixel become any other.* 8/255 may be meant"),
         ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
         ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
