@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from attacks.apgd import apgd
+from attacks.routed import unmasked
 from attacks.search import Found
 from attacks.threat import Threat
 from engine.config import PositiveInt, UserError
@@ -33,7 +34,7 @@ def change_route(
 
     def router(points: Tensor) -> Tensor:
         """[B, E, S * K * h * w]"""
-        return model.gate_logits(points).permute(1, 2, 0, 3, 4, 5).flatten(2)
+        return unmasked(model.gate_logits(points)).permute(1, 2, 0, 3, 4, 5).flatten(2)
 
     with torch.no_grad():
         decision = router(images).argmax(dim=1)

@@ -164,7 +164,8 @@ SCORES: dict[str, Callable[[Said], Tensor]] = {
 
 def _entropy(logits: Tensor, dim: int) -> Tensor:
     logs = logits.log_softmax(dim=dim)
-    return -(logs.exp() * logs).sum(dim=dim)
+    logs = logs.masked_fill(logits.isneginf(), 0.0)  # a masked expert: its share is 0
+    return -(logs.exp().masked_fill(logits.isneginf(), 0.0) * logs).sum(dim=dim)
 
 
 def _all_say(expert_logits: Tensor) -> Tensor:

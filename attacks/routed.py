@@ -8,7 +8,8 @@ is spatial.
 A step through a hard gate has no gradient, and one through a decided soft gate hardly any, so that an attack which
 knows nothing of the gate finds the gate robust that it can't see. These attacks put a loss of the gate's own logits
 beside or before the task's. Those logits are measured in units of their spread over the experts on the clean image:
-a gate whose logits are a thousand times larger is no harder to attack.
+a gate whose logits are a thousand times larger is no harder to attack. A logit of -inf is a mask: the gate never
+takes that expert there, and nothing is raised or lowered by it.
 
 `steps` are gradient steps of all runs of an attack together; each run looks at its last point with one more forward
 pass, and what the gate says of the clean images takes another.
@@ -30,6 +31,7 @@ from engine.config import Positive, PositiveInt, UserError
 
 KEEP = 0.05  # by how much of its spread a gate has to be for a hard route; soft ones: by all of it
 ROUNDS = 3  # of the search for the worst vertex
+LOWEST = -1e4  # log-share of an expert that is masked; of others it is above
 
 
 def soft_gate(
@@ -331,7 +333,8 @@ def look_inside(model, points: Tensor) -> Inside:
 
 class RoutedSearch(PartsSearch):
     """A search that knows the gate on the clean images: its logits and weights [S, B, E, K, h, w], its decision
-    (one-hot, the largest logit) and the spread of its logits over the experts, [1, B, 1, 1, 1, 1]."""
+    (one-hot, the largest logit) and the spread of its logits over the experts that it doesn't mask,
+    [1, B, 1, 1, 1, 1]."""
 
     def __init__(
         self, model, images: Tensor, labels: Tensor, threat: Threat, loss: str = "ce", climber: str = "pgd"
@@ -343,7 +346,10 @@ class RoutedSearch(PartsSearch):
         self.offer(images, seen.logits)
         self.gate_logits, self.weights, self.clean_mix = seen.gate_logits, seen.weights, seen.mix
         self.decision = one_hot(seen.gate_logits)
-        spread = seen.gate_logits.amax(dim=-4) - seen.gate_logits.amin(dim=-4)
+        masked = ~torch.isfinite(seen.gate_logits)
+        highest = seen.gate_logits.masked_fill(masked, -torch.inf).amax(dim=-4)
+        lowest = seen.gate_logits.masked_fill(masked, torch.inf).amin(dim=-4)
+        spread = (highest - lowest).clamp_min(0.0)  # -inf where none is finite
         spread = spread.mean(dim=(0, 2, 3, 4)).view(1, -1, 1, 1, 1, 1)
         self.spread = torch.where(spread > 0, spread, 1.0)
 
@@ -353,14 +359,18 @@ class RoutedSearch(PartsSearch):
     def change(self, gate_logits: Tensor) -> Tensor:
         """Mean cross-entropy [B] of the clean decision under softmax(gate logits / spread)."""
         log_shares = (gate_logits / self.spread).log_softmax(dim=-4)
+        log_shares = log_shares.masked_fill(log_shares.isneginf(), LOWEST)
         return -(log_shares * self.decision).sum(dim=-4).mean(dim=(0, 2, 3, 4))
 
     def missing(self, gate_logits: Tensor, route: Tensor, lead: float) -> Tensor:
         """By how much the gate falls short of a one-hot route, in units of the spread, [B]: 0 where at each place
-        the route's expert leads all others by `lead`."""
+        the route's expert leads all others by `lead`. Where it is masked it counts as one spread behind them."""
         route = route.expand_as(gate_logits)
         others = gate_logits.masked_fill(route > 0, -torch.inf).amax(dim=-4)
-        ahead = ((gate_logits * route).sum(dim=-4) - others) / self.spread[:, :, 0]
+        own = (gate_logits.masked_fill(gate_logits.isneginf(), 0.0) * route).sum(dim=-4)
+        masked = (gate_logits.isneginf() & (route > 0)).any(dim=-4)
+        own = torch.where(masked, (others - self.spread[:, :, 0]).detach(), own)
+        ahead = (own - others) / self.spread[:, :, 0]
         return F.relu(lead - ahead).mean(dim=(0, 2, 3, 4))
 
     def vertices(self) -> list[Tensor]:
@@ -410,6 +420,13 @@ def soft_margin(logits: Tensor, labels: Tensor, threat: Threat, progress: float)
     """log(sum over the rivals of exp(logit)) - logit of the label, of each pixel."""
     index = labels.unsqueeze(1)
     return logits.scatter(1, index, -torch.inf).logsumexp(dim=1) - logits.gather(1, index).squeeze(1)
+
+
+def unmasked(gate_logits: Tensor) -> Tensor:
+    """Gate logits [S, B, E, K, h, w] with each -inf one below the lowest of the others, where all is finite then."""
+    masked = gate_logits.isneginf()
+    lowest = gate_logits.detach().masked_fill(masked, torch.inf).amin(dim=-4, keepdim=True)
+    return torch.where(masked, lowest - 1, gate_logits)
 
 
 def each_expert(mix: Callable[[Tensor], Tensor], vertices: list[Tensor]) -> Tensor:

@@ -317,8 +317,26 @@ def gate_collapse(bout: Bout) -> list[Finding]:
     return [Finding("gate collapse", bout.target, None, "", severity, text)]
 
 
-OF_CLEAN: tuple[Check, ...] = (gate_collapse,)
+def gate_logits_finite(bout: Bout) -> list[Finding]:
+    """A gate whose logits are NaN or all masked somewhere: its shares, and all that is averaged with them, are NaN. A
+    mask of -inf on some experts is none of that. Silent where all is well."""
+    cases = [bout.clean] if bout.eps == 0 else bout.attacks.values()
+    broken = {image for case in cases for image, one in case.items() if not np.isfinite(shares_of(one)).all()}
+    if not broken:
+        return []
+    text = f"gate logits not finite on {len(broken)} images: what is told of the gate there is NaN"
+    eps = bout.eps or None
+    return [Finding("gate logits", bout.target, eps, "", "flag", text)]
+
+
+def shares_of(record: Record) -> np.ndarray:
+    """What the gate gives each expert, from its logits where they are recorded; empty without a gate."""
+    return np.array(record.get("shares", record.get("weights", [])), dtype=float)
+
+
+OF_CLEAN: tuple[Check, ...] = (gate_collapse, gate_logits_finite)
 OF_RECORDS: tuple[Check, ...] = (
+    gate_logits_finite,
     weaker_attacks,
     masking,
     gradients_met,

@@ -57,8 +57,8 @@ def figures(
     def both(value: Callable[[Sequence[Record]], float]) -> tuple[float, float]:
         return value(clean), value(attacked)
 
-    for key, name in PER_IMAGE.items():
-        yield row(name, *both(lambda records, key=key: np.mean([one[key] for one in records])))
+    for key, name in PER_IMAGE.items():  # None, what isn't finite in a record, is NaN
+        yield row(name, *both(lambda records, key=key: np.mean([one[key] for one in records], dtype=float)))
     yield row("images with a flip", *both(lambda records: np.mean([one["flips"] > 0 for one in records])))
     before, after = (np.array([one["weights"] for one in records], float) for records in (clean, attacked))
     shares = [

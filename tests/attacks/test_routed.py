@@ -587,3 +587,57 @@ def test_all_to_one_wrong_raises_what_the_experts_agree_on():
     goal = wrong_classes(alone[0], labels, threat(), 1)[0]
     before, after = (agreement(one, goal, threat()) for one in alone)
     assert (after > before + 0.01).all()
+
+
+class Masked(nn.Module):
+    """A mixture whose gate masks an expert with -inf: the first of dark images, or the last of all."""
+
+    def __init__(self, model, always):
+        super().__init__()
+        self.model, self.always = model, always
+        self.routing, self.num_experts = model.routing, model.num_experts
+        self.route, self.forward_given = model.route, model.forward_given
+
+    def gate_logits(self, images):
+        gate_logits = self.model.gate_logits(images)
+        dark = (images.mean(dim=(1, 2, 3)) < 0.5).view(1, -1, 1, 1, 1, 1)
+        place = torch.arange(self.num_experts).view(1, 1, -1, 1, 1, 1)
+        mask = place == self.num_experts - 1 if self.always else (place == 0) & dark
+        return gate_logits.masked_fill(mask, -torch.inf)
+
+    def forward(self, images):
+        return self.forward_given(images, self.route(self.gate_logits(images)))
+
+
+@pytest.mark.parametrize("climber", ["pgd", "apgd"])
+@pytest.mark.parametrize("always", [False, True])
+@pytest.mark.parametrize("routing", ["soft", "top1"])
+@pytest.mark.parametrize("gate", ["simple", "classwise"])
+@pytest.mark.parametrize("name", NAMES)
+def test_an_expert_masked_with_minus_infinity_leaves_all_finite(name, gate, routing, always, climber):
+    model = Masked(mixture(gate, routing, experts=3), always)
+    images, labels = samples(model.model)
+    images = images - 0.01 * (images.mean(dim=(1, 2, 3), keepdim=True) > 0.5)  # near the edge of the mask
+    labels[:, :, 2:] = model(images).argmax(1)[:, :, 2:]
+    before = scores(model(images), labels, 255)[0]
+    attack = component("attacks:ATTACKS", name, steps=9, climber=climber)
+    found = attack.build(model, images, labels, threat(eps=32 / 255))
+    assert torch.isfinite(found.losses).all() and not found.bad_gradients.any()
+    assert (found.correct <= before).all()
+    if name in ("soft_gate", "experts_only"):
+        assert (found.correct < before).any()
+
+
+def test_the_spread_of_a_gate_is_that_of_the_experts_it_does_not_mask():
+    plain = mixture(experts=3)
+    images, labels = samples(plain)
+    model = Masked(plain, always=True)
+    search = routed.RoutedSearch(model, images, labels, threat())
+    left = plain.gate_logits(images)[:, :, :2]
+    expected = (left.amax(dim=2) - left.amin(dim=2)).mean(dim=(0, 2, 3, 4))
+    torch.testing.assert_close(search.spread.flatten(), expected)
+    seen = model.gate_logits(images)
+    assert (search.change(seen) < 2).all()  # cross-entropy of two experts left
+    masked = search.vertices()[2]
+    assert torch.isfinite(search.missing(seen, masked, 1.0)).all()
+    assert (search.missing(seen, masked, 1.0) > 1).all()

@@ -258,3 +258,17 @@ def test_flags_of_a_toy_ledger_are_beside_their_rows(tmp_path):
         if one.severity == "flag" and one.eps in (None, eps)
     }
     assert marked == flagged
+
+
+def test_gate_logits_that_are_not_finite_are_flagged_for_as_many_images():
+    def gate(*shares):
+        return {"weights": [[[1.0], [0.0]]], "shares": [[[one] for one in shares]], "flips": 0.0}
+
+    fine, broken = gate(1.0, 0.0), gate(None, None)  # a mask of -inf has a share of 0
+    assert not check(records(**fine), records("pgd", **fine), name="gate logits")
+    attacked = [{**one, **(broken if one["image"] == "a" else fine)} for one in records("pgd")]
+    (finding,) = check(records(**fine), attacked, name="gate logits")
+    assert (finding.severity, finding.eps) == ("flag", 8 / 255)
+    assert finding.text.startswith("gate logits not finite on 1 images")
+    clean, other = check(records(**broken), attacked, name="gate logits")
+    assert clean.eps is None and clean.text.startswith("gate logits not finite on 2 images")

@@ -120,3 +120,19 @@ def test_a_hard_gate_is_its_routed_expert_so_between_the_best_and_the_worst(tmp_
         best, worst = (rows[f"{name} single expert of each image, same images"] for name in ("best", "worst"))
         assert worst <= rows["model"] <= best and rows["model"] <= rows["clean"]
         assert rows["route changed by some attack"] + rows["route undecided: no attack changed it"] == 1
+
+
+def test_what_is_not_finite_in_a_record_is_nan_and_nothing_else():
+    """None stands for it in a ledger: the margin of a gate that masks all experts but one, all of one that says NaN."""
+    masked = [{**one, "margin": None} if one["image"] == "a" else one for one in RECORDS]
+    rows = {row["figure"]: row["attacked"] for row in telemetry_rows(masked, KINDS) if row["attack"] == "pgd"}
+    assert math.isnan(rows["gate margin"]) and rows["least gate margin"] == 1.0
+    broken = [
+        {**one, "shares": one_site(None, None), "entropy": None} if one["image"] == "a" else one
+        for one in RECORDS
+    ]
+    rows = {row["figure"]: row["attacked"] for row in telemetry_rows(broken, KINDS) if row["attack"] == "pgd"}
+    assert math.isnan(rows["KL(clean || attacked)"]) and math.isnan(rows["gate entropy"])
+    assert rows["route flip rate"] == 0.5 and rows["largest load"] == 1.0
+    parts = {row["part"]: row["value"] for row in component_rows(broken, KINDS, EXPERTS)}
+    assert parts == {row["part"]: row["value"] for row in component_rows(RECORDS, KINDS, EXPERTS)}
