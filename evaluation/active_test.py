@@ -6,7 +6,7 @@ some random ones that where the network's outputs are farthest from those of the
 rightly, and wrongly at all pixels once its outputs have gone nine tenths of the way to those of the witness. Attacks
 get there through the network's own gradients only, so that a network which hides these fails them. Of an ensemble the
 outputs are those of each member; of a routed model they are its gate logits, which turn from an expert that is always
-right to one that never is.
+right to one that never is; of one with a single expert, whose gate has nothing to choose, those of the network.
 """
 
 from collections.abc import Callable, Sequence
@@ -83,14 +83,15 @@ def implant(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> I
     """The target with an implanted weakness, for points around these images only. labels [B, *S]."""
     with torch.no_grad():
         num_classes = target.model(images[:1]).shape[1]
-        outputs = OUTPUTS[target.kind](target.model)
+        kind = ONE if target.kind in ROUTED and target.num_experts == 1 else target.kind
+        outputs = OUTPUTS[kind](target.model)
         start = outputs(images)
         witness = farthest(outputs, start, images, threat)
         way = Way(outputs, images, start, outputs(witness) - start)
     known = labels.masked_fill(is_ignored(labels, threat.ignore_index), 0)
     right = F.one_hot(known.long(), num_classes).movedim(-1, 1).to(images)
-    model = COPIES[target.kind](target.model, way, SCALE * right, SCALE * right.roll(1, dims=1))
-    experts = 2 if target.kind in ROUTED else target.num_experts
+    model = COPIES[kind](target.model, way, SCALE * right, SCALE * right.roll(1, dims=1))
+    experts = 2 if kind in ROUTED else target.num_experts
     copy = replace(target, model=model, num_experts=experts)
     return Implanted(copy, witness, _right(copy, witness, labels, threat) == 0)
 
@@ -199,7 +200,28 @@ class WeakMixture(WeakNetwork):
         return mix(self.route(gate_logits))
 
 
-COPIES = {"single": WeakNetwork, "ensemble": WeakEnsemble, "soft": WeakMixture, "hard": WeakMixture}
+class WeakExpert(WeakMixture):
+    """One expert that goes from right to wrong, behind a gate that has nothing to choose."""
+
+    num_experts = 1
+
+    def gate_and_mix(self, points: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        lead, place = self.way.lead(points)
+
+        def mix(weights: Tensor) -> Tensor:
+            return weights[0, :, 0].reshape(-1, *[1] * (self.right.ndim - 1)) * self.mixed(lead, place)
+
+        return torch.zeros_like(lead)[None, :, None, None, None, None], mix
+
+
+ONE = "one"  # a mixture of one expert
+COPIES = {
+    "single": WeakNetwork,
+    "ensemble": WeakEnsemble,
+    "soft": WeakMixture,
+    "hard": WeakMixture,
+    ONE: WeakExpert,
+}
 
 
 def _of_network(model, points: Tensor) -> Tensor:
@@ -211,7 +233,8 @@ def _of_members(model, points: Tensor) -> Tensor:
 
 
 def _of_gate(model, points: Tensor) -> Tensor:
-    return look_inside(model, points).gate_logits.transpose(0, 1).flatten(1)
+    gate_logits = look_inside(model, points).gate_logits.transpose(0, 1).flatten(1)
+    return gate_logits.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # masked experts: no way to anywhere
 
 
 # kind -> model -> (points -> outputs [B, F], of an ensemble [B, E, F])
@@ -220,6 +243,7 @@ OUTPUTS: dict[str, Callable] = {
     "ensemble": lambda model: partial(_of_members, model),
     "soft": lambda model: partial(_of_gate, model),
     "hard": lambda model: partial(_of_gate, model),
+    ONE: lambda model: partial(_of_network, model),
 }
 
 

@@ -279,7 +279,13 @@ def gate_gradient(target: Target, images: Tensor, labels: Tensor, threat: Threat
     slope = slope_of(lambda: task_loss(seen, target.model.route(leaf), labels, threat).sum(), leaf)
     if not torch.isfinite(slope).all():
         return [Finding("gate gradient", target.name, None, "", "flag", "the gate's gradient is not finite")]
+    if leaf.shape[2] == 1:
+        text = "there is one expert: the gate has nothing to choose"
+        return [Finding("gate gradient", target.name, None, "", "note", text)]
     reached = slope.abs().amax(dim=(1, 3, 4, 5)) >= VANISHING  # [S, E]
+    reached |= (
+        leaf.detach().isneginf().all(dim=5).all(dim=4).all(dim=3).all(dim=1)
+    )  # masked: nothing to reach
     text = f"the loss has a gradient by the gate logits of {int(reached.sum())} of {reached.numel()} experts"
     if reached.all():
         return [Finding("gate gradient", target.name, None, "", "ok", text)]
@@ -292,14 +298,20 @@ def gate_direction(
 ) -> list[Finding]:
     """Along the direction in which the image moves the gate, the experts' outputs held still, the gradient of the loss
     is what finite differences say. 9 passes, 2 of them with a backward pass."""
-    leaf = images.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        seen = look_inside(target.model, leaf)
-        best, second = seen.gate_logits.topk(2, dim=2).values.unbind(2)
-        ahead = (best - second).mean(dim=(0, 2, 3, 4))
 
     def finding(severity: str, text: str) -> list[Finding]:
         return [Finding("gate direction", target.name, None, "", severity, text)]
+
+    leaf = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        seen = look_inside(target.model, leaf)
+        if seen.gate_logits.shape[2] == 1:
+            return finding("note", "there is one expert: the gate has nothing to choose")
+        if seen.gate_logits.isnan().any():
+            return finding("flag", "the gate's logits are not finite: it has no direction")
+        best, second = seen.gate_logits.topk(2, dim=2).values.unbind(2)
+        second = second.masked_fill(second.isneginf(), 0.0)  # all others are masked
+        ahead = (best - second).mean(dim=(0, 2, 3, 4))
 
     direction = slope_of(lambda: ahead.sum(), leaf)
     size = direction.flatten(1).abs().amax(dim=1)
