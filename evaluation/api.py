@@ -1,21 +1,24 @@
 """Robustness of anybody's network from Python: evaluate(model, loader, suite)."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from attacks.threat import count_labelled, refuse_bad_images
+from engine.components import Named
 from engine.config import IGNORE, Component, UserError
+from engine.errors import ConfigError, Mistakes
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, as_begun, attack_all
 from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
-from evaluation.suites import extra_members, members, needs_class_weights
+from evaluation.suites import TABLE, extra_members, members, needs_class_weights, refuse_for_label_maps
 from evaluation.target_checks import check_first
 from evaluation.targets import has_tensors, target_of
 
@@ -36,7 +39,7 @@ def evaluate(
     *,
     eps: Sequence[float] = (0.5 / 255, 1 / 255, 2 / 255),
     norm: str = "linf",
-    attacks: Sequence[Component] = (),
+    attacks: Sequence[Component | Mapping] = (),
     classes: Sequence[str] = (),
     ignore_index: int = IGNORE,
     class_pixels: Sequence[int] | None = None,
@@ -52,28 +55,39 @@ def evaluate(
 
     model: images [B, 3, H, W] in [0, 1] -> logits [B, K, H, W]; what else it offers (see evaluation.stand_ins)
     decides which attacks it gets. loader: the same batches (images float32 in [0, 1], labels [B, H, W]) in the same
-    order whenever it is gone through. attacks: further ones, as engine.config.component makes them. class_pixels:
-    labelled pixels of each class in the training data (None: in the loader), for attacks that weigh classes.
-    blocks: for each image the name of its block of similar ones (None: each image for itself). folder: where ledger
-    and tables are kept, so that a second call goes on where the first was stopped (None: nowhere); a model
-    without tensors of its own, such as a function, can't be told from another one and needs a new folder each time.
+    order whenever it is gone through. attacks: further ones, as in YAML ({"name": "pgd", "steps": 40}) or as
+    engine.config.component makes them. class_pixels: labelled pixels of each class in the training data (None: in the
+    loader), for attacks that weigh classes. blocks: for each image the name of its block of similar ones (None: each
+    image for itself). folder: where ledger and tables are kept, so that a second call goes on where the first was
+    stopped (None: nowhere); a model without tensors of its own, such as a function, can't be told from another one and
+    needs a new folder each time.
     checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
     gradients, batches, an implanted weakness that attacks have to find.
 
-    UserError for images outside [0, 1], labels that the network has no class for, and a folder that is of another
-    model, or may be."""
+    UserError, before any attack, for images outside [0, 1], labels of another shape or that the network has no class
+    for, no labelled pixel at all, and a folder that is of another model, or may be."""
     if folder is not None and not has_tensors(model) and (Path(folder) / "ledger" / "manifest.json").exists():
         raise UserError(
             f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
             "told from the model of that one; take a new folder, or give the nn.Module itself"
         )
+    if isinstance(eps, int | float | str):
+        raise UserError(f"eps: {eps!r} is wrong; expected several numbers, such as [{eps}]")
     batches = loader if iter(loader) is not loader else list(loader)
-    first = next(iter(batches))[0]
+    first = checked(batches, ignore_index, blocks)
     if isinstance(model, nn.Module):
         model.to(device)
     target = target_of(name, model)
     own = members(suite, target.kind, target.num_experts)
-    classes = list(classes) or [f"class {index}" for index in range(classes_of(model, first[:1].to(device)))]
+    known = classes_of(model, first[:1].to(device))
+    classes = list(classes) or [f"class {index}" for index in range(known)]
+    for key, given in (("classes", classes), ("class_pixels", class_pixels)):
+        if given is not None and len(given) != known:
+            raise UserError(f"{key}: {len(given)} of them, and the model has logits of {known} classes")
+    about = {"image_size": list(first.shape[-2:])}
+    setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about)
+    attacks = [as_component(attack, place) for place, attack in enumerate(attacks)]
+    refuse_for_label_maps(attacks, "attacks")
     own += extra_members(attacks, target.kind, target.num_experts, tuple(first.shape[-2:]), len(classes), own)
     if class_pixels is None and any(map(needs_class_weights, own)):
         class_pixels = pixels_of((labels for _, labels in batches), len(classes), ignore_index)
@@ -83,8 +97,6 @@ def evaluate(
     if class_pixels is not None:
         target = replace(target, class_pixels=tuple(class_pixels))
     scenes = Scenes(batches, blocks)
-    about = {"image_size": list(first.shape[-2:])}
-    setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
@@ -116,10 +128,63 @@ class Scenes:
             yield Scene(images, labels.long(), names, blocks)
 
 
+def checked(
+    batches: Iterable[tuple[Tensor, Tensor]], ignore_index: int, blocks: Sequence[str] | None
+) -> Tensor:
+    """The images of the first batch. UserError for batches that can't be attacked, and blocks of other images."""
+    first, seen, labelled = None, 0, 0
+    for index, batch in enumerate(batches):
+        where = f"loader: batch {index}"
+        pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(map(torch.is_tensor, batch))
+        if not pair:
+            raise UserError(f"{where}: is no pair (images, labels) of tensors")
+        images, labels = batch
+        if images.ndim != 4 or not len(images):
+            raise UserError(f"{where}: images {list(images.shape)}, expected [B, 3, H, W]")
+        refuse_bad_images(images)
+        if labels.shape == images.shape[:1]:
+            raise UserError(
+                f"{where}: labels {list(labels.shape)} are of whole images, this is for label maps [B, H, W]; "
+                "classifiers: evaluate_cnn_moe.py, with {name: external, file: FILE} for a network of your own"
+            )
+        expected = [len(images), *images.shape[2:]]
+        if list(labels.shape) != expected or labels.is_floating_point():
+            kind = f" of {labels.dtype}" if labels.is_floating_point() else ""
+            told = f"expected whole numbers {expected}, a class for each pixel of the images"
+            raise UserError(f"{where}: labels {list(labels.shape)}{kind}, {told}")
+        first, seen = images if first is None else first, seen + len(images)
+        labelled += count_labelled(labels, ignore_index)
+    if first is None:
+        raise UserError("loader: gives no batch")
+    if not labelled:
+        raise UserError(f"loader: no pixel of its {seen} images has a label other than {ignore_index}")
+    if blocks is not None and len(blocks) != seen:
+        raise UserError(f"blocks: {len(blocks)} names for {seen} images; give the block of each image")
+    return first
+
+
+def as_component(attack: Component | Mapping, place: int) -> Component:
+    """An attack as it is, or made of what YAML has. UserError for anything else."""
+    if isinstance(attack, Component):
+        return attack
+    try:
+        return Named(TABLE).validate(dict(attack) if isinstance(attack, Mapping) else attack)
+    except Mistakes as error:
+        raise ConfigError([str(mistake.under(("attacks", place))) for mistake in error.mistakes]) from None
+
+
 def classes_of(model: Callable[[Tensor], Tensor], images: Tensor) -> int:
-    """Channels of its logits."""
+    """Channels of its logits. UserError where these are none of each pixel."""
     with torch.no_grad():
-        return model(images).shape[1]
+        logits = model(images)
+    if not torch.is_tensor(logits):
+        raise UserError(f"model: gives a {type(logits).__name__}, expected a tensor of logits [B, K, H, W]")
+    size = list(images.shape[2:])
+    if logits.ndim != 4 or list(logits.shape[2:]) != size:
+        raise UserError(
+            f"model: logits {list(logits.shape)} of images {list(images.shape)}, expected [B, K, {size[0]}, {size[1]}]"
+        )
+    return logits.shape[1]
 
 
 def pixels_of(labels: Iterable[Tensor], num_classes: int, ignore_index: int) -> list[int]:

@@ -1,5 +1,6 @@
 """What a robust evaluation consists of: the manifest of its ledger, and the units of work that follow from it."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.config import IGNORE, UserError
-from engine.schema import motionless
+from engine.schema import boundless, motionless
 from evaluation.adversarials import Kept
 from evaluation.formats import aligned, number
 from evaluation.ledger import Record, digest, plain
@@ -42,10 +43,13 @@ class Setup:
     about: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.eps or min(self.eps) <= 0 or len(set(self.eps)) < len(self.eps):
+        positive = all(0 < one < math.inf for one in self.eps)
+        if not self.eps or not positive or len(set(self.eps)) < len(self.eps):
             raise UserError(f"eps: {list(self.eps)} is wrong; expected numbers above 0, each only once")
         if self.norm not in ("linf", "l2"):
             raise UserError(f"norm: {self.norm!r} is unknown; allowed: linf, l2")
+        for mistake in boundless({"eps": list(self.eps), "norm": self.norm}):
+            raise UserError(str(mistake))
         if self.adversarials == "uint8" and motionless(min(self.eps)):
             raise UserError(f"eps: {motionless(min(self.eps))}")
 

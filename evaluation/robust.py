@@ -19,7 +19,7 @@ from attacks.evade import experts_alone
 from attacks.quantise import quantised
 from attacks.routed import look_inside
 from attacks.search import Found, scores
-from attacks.threat import Threat, check_inside, refuse_bad_images, seed_of, sizes
+from attacks.threat import Threat, check_inside, count_labelled, refuse_bad_images, seed_of, sizes
 from engine.config import UserError
 from evaluation.adversarials import save_adversarials
 from evaluation.floor import gate_free_floor
@@ -111,7 +111,13 @@ def manifest_for(
 ) -> dict:
     """The manifest that the ledger in the folder has to have; its threads are those that it was begun with."""
     protocol = setup.protocol(device, threads_of(folder) or torch.get_num_threads())
-    images = [about for index, scene in enumerate(scenes) for about in images_of(scene, index, setup)]
+    images, labelled = [], 0
+    for index, scene in enumerate(scenes):
+        images += images_of(scene, index, setup)
+        labelled += count_labelled(scene.labels, setup.ignore_index)
+    if not labelled:
+        told = f"all labels of the {len(images)} images to attack"
+        raise UserError(f"{told} are {setup.ignore_index}, which counts nowhere: there is nothing to measure")
     return manifest_of(setup, protocol, targets, members, images)
 
 
@@ -258,7 +264,10 @@ class Bench:
             best, second = gate_logits.topk(2, dim=2).values.unbind(2)
             gap = best - second
         gap = gap.transpose(0, 1).flatten(1)
-        entropy = -(gate_logits.log_softmax(dim=2) * gate_logits.softmax(dim=2)).sum(dim=2)
+        logs = gate_logits.log_softmax(dim=2).masked_fill(
+            gate_logits.isneginf(), 0.0
+        )  # a masked expert's share is 0
+        entropy = -(logs * gate_logits.softmax(dim=2)).sum(dim=2)
         return {
             "weights": rounded(weights.tolist()),
             "shares": rounded(shares.tolist()),

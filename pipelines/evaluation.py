@@ -57,8 +57,12 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         if attacked:
             print(robustness.describe_attacks(config, index, zoo, subsets))
         refuse_bad_data(index)
+        if attacked:
+            robustness.refuse_unlabelled(config, index, subsets)
         return None
     results, asked = None, robustness.attacked_rows(config, index, zoo) if attacked else None
+    if asked:
+        robustness.refuse_unlabelled(config, index, subsets)
     if rank == 0:
         robustness.begin(folder)
         corruptions.begin(folder, options.overwrite and not options.resume)

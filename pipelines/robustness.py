@@ -200,6 +200,16 @@ def attacked_frames(config: Evaluation, index: FrameIndex, subsets: Sequence[str
     return [pool[(2 * place + 1) * len(pool) // (2 * wanted)] for place in range(wanted)]
 
 
+def refuse_unlabelled(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> None:
+    """UserError where no frame to attack has a labelled pixel; reads no further than to the first that has one."""
+    frames = attacked_frames(config, index, subsets)
+    if not any((index.read_label(frame.label)[0] != index.ignore_index).any() for frame in frames):
+        raise UserError(
+            f"data: none of the {len(frames)} {config.evaluate.split} frames to attack has a labelled pixel (all are "
+            f"{index.ignore_index}): there is nothing to measure"
+        )
+
+
 def attacked_rows(
     config: Evaluation, index: FrameIndex, zoo: Zoo
 ) -> tuple[list[Target], dict[str, list[Member]]]:

@@ -1,5 +1,7 @@
 """evaluate(model, loader, suite) from Python: anybody's network."""
 
+import csv
+import math
 from functools import partial
 
 import pytest
@@ -130,3 +132,176 @@ def test_the_network_itself_is_checked():
 def test_a_threat_that_is_none_is_refused(change, told):
     with pytest.raises(UserError, match=told):
         evaluate(toy.Net(0), loader(), "none", **change, log=str)
+
+
+class Odd(toy.Mixture):
+    """A gate with other logits: NaN, or -inf for the experts that the bottom half of brightness masks."""
+
+    def __init__(self, *networks, routing, logits):
+        super().__init__(*networks, routing=routing)
+        self.change = {"nan": self.nan, "masked": self.masked, "always masked": self.always}[logits]
+
+    def gate_logits(self, images):
+        return self.change(super().gate_logits(images), images)
+
+    def nan(self, gate_logits, images):
+        return gate_logits * torch.nan
+
+    def masked(self, gate_logits, images):
+        dark = images.mean(dim=(1, 2, 3)).view(1, -1, 1, 1, 1, 1) < 0.5
+        return torch.cat([gate_logits[:, :, :1].masked_fill(dark, -torch.inf), gate_logits[:, :, 1:]], dim=2)
+
+    def always(self, gate_logits, images):
+        return torch.cat([gate_logits[:, :, :-1], torch.full_like(gate_logits[:, :, -1:], -torch.inf)], dim=2)
+
+
+def figures_of(folder, attack):
+    with open(folder / "telemetry.csv", newline="", encoding="utf-8") as file:
+        return {
+            (row["figure"], row["expert"]): row["attacked"]
+            for row in csv.DictReader(file)
+            if row["attack"] == attack
+        }
+
+
+def test_a_gate_that_says_nan_is_told_and_never_crashes(tmp_path):
+    """Of hard routing its answers are finite nevertheless."""
+    model = Odd(toy.Net(0), toy.Net(1), routing="hard", logits="nan")
+    run = {"eps": [2 / 255], "folder": tmp_path, "log": str}
+    report = evaluate(model, loader(), "quick", **run)
+    assert "gate logits: gate logits not finite on 12 images" in report.markdown
+    assert "the gate's logits are not finite: it has no direction" in report.markdown
+    told = figures_of(tmp_path, "route_first")
+    assert {told[name, ""] for name in ("gate margin", "gate entropy")} == {""}  # NaN
+    assert told["load", "0"] == "1.0" and told["route flip rate", ""] == "0.0"
+    worst = report.results.worst("model", 2 / 255, "adaptive").figures["aacc"].value
+    assert worst < report.results.clean("model")["aacc"].value - 0.02
+    assert evaluate(model, loader(), "quick", **run).rows == report.rows  # goes on from the ledger
+
+
+@pytest.mark.parametrize("logits", ["masked", "always masked"])
+@pytest.mark.parametrize("routing", ["hard", "soft"])
+def test_an_expert_that_a_gate_masks_is_no_fault(tmp_path, routing, logits):
+    model = Odd(*map(toy.Net, range(3)), routing=routing, logits=logits)
+    more = [{"name": name, "steps": 6} for name in ("joint", "stay_route", "gate_only", "change_route")]
+    more.append({"name": "evade", "score": "gate_entropy", "steps": 3})
+    report = evaluate(
+        model, loader(), "quick", eps=[4 / 255], attacks=more, folder=tmp_path, log=str, checks=False
+    )
+    checks = (tmp_path / "checks.csv").read_text()
+    assert "not finite" not in checks
+    for attack in ("soft_gate", "joint", "gate_only"):
+        told = figures_of(tmp_path, attack)
+        assert 0 <= float(told["gate entropy", ""]) <= math.log(3) and float(told["gate margin", ""]) > 0
+        single = report.results.single("model", 4 / 255, attack)["aacc"].value
+        assert attack == "gate_only" or single < report.results.clean("model")["aacc"].value - 0.02
+
+
+@pytest.mark.parametrize("logits", ["masked", "always masked"])
+def test_checks_of_a_network_know_masks(logits):
+    model = Odd(*map(toy.Net, range(3)), routing="soft", logits=logits)
+    report = evaluate(model, loader(), "none", eps=[4 / 255], attacks=FGSM, log=str)
+    gate = [line for line in report.markdown.splitlines() if "gate gradient" in line or "active test" in line]
+    assert gate and not any("flag" in line or line.startswith("- !") for line in gate)
+
+
+@pytest.mark.parametrize("routing", ["hard", "soft"])
+def test_a_mixture_of_one_expert_goes_through_a_whole_suite(routing):
+    """Its gate has nothing to choose: the attacks on it are plain ones."""
+    model = toy.Mixture(toy.Net(0), routing=routing)
+    report = evaluate(model, loader(), "quick", eps=[2 / 255], log=str, attacks=ROUTED_ATTACKS)
+    assert "gate gradient: there is one expert: the gate has nothing to choose" in report.markdown
+    assert "gate direction: there is one expert" in report.markdown
+    assert "Nothing wrong: active test: model." in report.markdown
+    plain = evaluate(toy.Net(0), loader(), "quick", eps=[2 / 255], log=str, checks=False).results
+    assert report.results.clean("model")["aacc"].value == plain.clean("model")["aacc"].value
+    for attack in ("soft_gate", "route_first"):
+        assert (
+            report.results.single("model", 2 / 255, attack)["aacc"].value < plain.clean("model")["aacc"].value
+        )
+
+
+ROUTED_ATTACKS = [
+    {"name": name, "steps": 3}
+    for name in (
+        "joint", "stay_route", "weakest_expert", "each_path", "all_to_one_wrong", "gate_only", "experts_only",
+        "change_route", "evade",
+    )
+]  # fmt: skip
+
+
+IMAGES_OF_ONE = torch.rand(2, 3, *toy.SIZE, generator=torch.Generator().manual_seed(3))
+LABELS_OF_ONE = torch.zeros(2, *toy.SIZE, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("batches", "told"),
+    [
+        ([], "loader: gives no batch"),
+        ([(IMAGES_OF_ONE, LABELS_OF_ONE + 255)], "no pixel of its 2 images has a label other than 255"),
+        (
+            [(IMAGES_OF_ONE, LABELS_OF_ONE[:, None])],
+            r"labels \[2, 1, 6, 8\], expected whole numbers \[2, 6, 8\]",
+        ),
+        ([(IMAGES_OF_ONE, LABELS_OF_ONE[:, :3])], r"batch 0: labels \[2, 3, 8\], expected .* \[2, 6, 8\]"),
+        ([(IMAGES_OF_ONE, LABELS_OF_ONE.float())], "of torch.float32, expected whole numbers"),
+        ([(IMAGES_OF_ONE, LABELS_OF_ONE[:, 0, 0])], "are of whole images, .*evaluate_cnn_moe.py"),
+        (
+            [(IMAGES_OF_ONE, LABELS_OF_ONE), (IMAGES_OF_ONE, LABELS_OF_ONE[:1])],
+            r"batch 1: labels \[1, 6, 8\]",
+        ),
+        ([IMAGES_OF_ONE], "batch 0: is no pair"),
+        ([(IMAGES_OF_ONE[0], LABELS_OF_ONE)], r"images \[3, 6, 8\], expected \[B, 3, H, W\]"),
+        ([((255 * IMAGES_OF_ONE).byte(), LABELS_OF_ONE)], r"must be float32 in \[0, 1\], found torch.uint8"),
+    ],
+)
+def test_batches_that_cannot_be_attacked_are_refused_first(tmp_path, batches, told):
+    asked = []
+    model = lambda images: asked.append(1) or toy.Net(0)(images)  # noqa: E731
+    with pytest.raises(UserError, match=told):
+        evaluate(model, batches, "quick", folder=tmp_path / "new", log=str)
+    assert not asked and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"blocks": ["a"] * 11}, "blocks: 11 names for 12 images"),
+        ({"blocks": ["a"] * 13}, "blocks: 13 names for 12 images"),
+        ({"classes": ["road", "sky"]}, "classes: 2 of them, and the model has logits of 4 classes"),
+        ({"class_pixels": [1, 2, 3]}, "class_pixels: 3 of them"),
+        ({"eps": [8]}, "eps: 8 lets every pixel become any other, .* 8/255 may be meant"),
+        ({"eps": [float("nan")]}, r"eps: \[nan\] is wrong"),
+        ({"eps": 8 / 255}, r"eps: 0.03.* expected several numbers, such as \[0.03"),
+        ({"attacks": [{"name": "pgdd"}]}, "attacks.0.name: \"pgdd\" is unknown; .* did you mean 'pgd'"),
+        ({"attacks": [{"name": "pgd", "step": 2}]}, "attacks.0.step: unknown key of pgd; .*'steps'"),
+        ({"attacks": ["pgd"]}, 'attacks.0: "pgd" is wrong; expected a mapping such as {name: clean}'),
+        ({"attacks": [{"name": "autoattack"}]}, "attacks: autoattack is for classifiers"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_first(tmp_path, keys, told):
+    with pytest.raises(UserError, match=told):
+        evaluate(toy.Net(0), loader(), "none", folder=tmp_path / "new", **keys, log=str)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (lambda images: images[:, :, ::2, ::2], r"model: logits \[1, 3, 3, 4\] of images \[1, 3, 6, 8\]"),
+        (lambda images: images.mean(dim=(2, 3)), r"logits \[1, 3\] .* expected \[B, K, 6, 8\]"),
+        (lambda images: {"out": images}, "model: gives a dict, expected a tensor of logits"),
+    ],
+)
+def test_logits_that_are_none_of_each_pixel_are_refused(model, told):
+    with pytest.raises(UserError, match=told):
+        evaluate(model, loader(), "none", attacks=FGSM, log=str)
+
+
+def test_attacks_may_be_as_in_yaml():
+    run = {"eps": [2 / 255], "log": str, "checks": False}
+    given = {"name": "pgd", "steps": 3, "step_size": "1/255"}
+    made = component("attacks:ATTACKS", "pgd", steps=3, step_size=1 / 255)
+    rows = [evaluate(toy.Net(0), loader(), "none", attacks=[one], **run).rows for one in (given, made)]
+    assert rows[0] == rows[1]
+    evaluate(toy.Net(0), loader(), "none", attacks=FGSM, eps=[8], norm="l2", log=str, checks=False)

@@ -337,3 +337,10 @@ def test_words_and_places():
     assert [duration(seconds) for seconds in (3, 90, 7200)] == ["3 s", "1.5 min", "2.0 h"]
     assert trace_places(3) == [0, 1, 2] and trace_places(300)[0] == 0 and trace_places(300)[-1] == 299
     assert len(set(trace_places(300))) == 8
+
+
+def test_images_without_a_labelled_pixel_are_refused_before_any_attack(tmp_path):
+    void = [replace(scene, labels=torch.full_like(scene.labels, 255)) for scene in toy.scenes()]
+    with pytest.raises(UserError, match="all labels of the 12 images to attack are 255"):
+        attack_all(tmp_path / "ledger", void, toy.targets(), toy.members(), toy.setup(), log=str)
+    assert not (tmp_path / "ledger").exists()

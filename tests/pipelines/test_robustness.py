@@ -1,10 +1,13 @@
 """Rows under attack: the networks behind rows, the frames that are attacked, and an evaluation as it is started."""
 
 import csv
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from types import SimpleNamespace
 
+import cv2
+import numpy
 import pytest
 import torch
 
@@ -320,3 +323,18 @@ def test_two_processes_share_an_evaluation(workshop, evaluated, monkeypatch):
     alone = workshop.run("attacked_alone") / "evaluation" / "test"
     for name in ("results.csv", "robustness.csv", "robustness.md", "winners.csv"):
         assert (folder / name).read_bytes() == (alone / name).read_bytes()
+
+
+@pytest.mark.parametrize("dry", [True, False])
+def test_frames_without_a_labelled_pixel_are_refused_before_any_work(workshop, tmp_path, dry):
+    config = attacked(workshop, name="unlabelled")
+    config["output"] = str(tmp_path / "runs")
+    root = shutil.copytree(config["data"]["root"], tmp_path / "data")
+    for path in (root / "labels").glob("*_test_*.png"):
+        cv2.imwrite(str(path), numpy.full((24, 40), 255, numpy.uint8))
+    config["data"] = {**config["data"], "root": str(root)}
+    with pytest.raises(
+        UserError, match=r"none of the 4 test frames to attack has a labelled pixel \(all are 255\)"
+    ):
+        workshop.evaluate(config, dry_run=dry)
+    assert not (tmp_path / "runs").exists()
