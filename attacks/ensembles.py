@@ -15,7 +15,7 @@ from torch import Tensor
 from attacks.parts import Climber, PartsSearch, TaskLoss, agreement, wrong_classes
 from attacks.search import Found, Trial
 from attacks.threat import Threat
-from engine.config import Positive, PositiveInt, UserError
+from engine.config import PositiveInt, Positives, UserError
 
 # expert logits [B, E, K, *S], the ensemble's own logits [B, K, *S] -> what is raised
 MemberLoss = Callable[[Tensor, Tensor], Trial]
@@ -138,7 +138,7 @@ def smooth_ensemble(
     threat: Threat,
     *,
     rule: Literal["vote", "max"] = "vote",
-    temperatures: tuple[Positive, ...] = (1.0, 0.3),
+    temperatures: Positives = (1.0, 0.3),
     loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
     climber: Climber = "pgd",

@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks.pgd import climb
 from attacks.search import Found, Search, Trial, scores
 from attacks.threat import Threat, is_ignored, random_point
-from engine.config import IGNORE, NonNegativeInt, Positive, PositiveInt, Probability, UserError
+from engine.config import IGNORE, ClassId, Positive, PositiveInt, Probability, UserError
 
 VERSION = 2  # raised when it finds other images
 
@@ -22,7 +22,7 @@ def hide(
     labels: Tensor,
     threat: Threat,
     *,
-    class_id: NonNegativeInt,
+    class_id: ClassId,
     goal: Literal["prediction", "labels"] = "prediction",
     steps: PositiveInt = 40,
     step_size: Positive | None = None,
@@ -42,7 +42,7 @@ def hide(
     pixels with that label that are not answered as it, before and after. An image without the class stays as it is.
 
     Args:
-        class_id: the class to hide.
+        class_id: the class to hide, by its number; in a config by its name as well.
         goal: what hides and what stays: the network's answer on the image (its mistakes stay), or the labels.
         steps: gradient steps of a restart; one more forward pass looks at the last point.
         step_size: in units of pixels; null: 2.5 eps / steps.
@@ -122,6 +122,8 @@ def aim_at(
     labels [B, H, W]. UserError for a class that isn't there, and for labels of whole images."""
     if labels.ndim != 3:
         raise UserError(f"hide: needs a label per pixel [B, H, W], found {list(labels.shape)}")
+    if isinstance(class_id, str):
+        raise UserError(f"hide: class_id {class_id!r} is a name; give the number of the class")
     if class_id >= logits.shape[1]:
         raise UserError(f"hide: class_id {class_id} is no class; allowed: 0..{logits.shape[1] - 1}")
     counted = ~is_ignored(labels, ignore_index)

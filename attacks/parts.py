@@ -62,7 +62,11 @@ class PartsSearch(Search):
 
 
 def split(steps: int, runs: int, name: str) -> list[int]:
-    """Steps of each run, as even as can be. UserError where a run would have none."""
+    """Steps of each run, as even as can be. UserError without any run, and where one would have no step."""
+    if not runs:
+        raise UserError(
+            f"{name}: nothing to raise, so that it would give the images back; give at least one value"
+        )
     if steps < runs:
         raise UserError(f"{name}: {steps} steps for {runs} runs; give at least {runs}")
     return [steps * (run + 1) // runs - steps * run // runs for run in range(runs)]

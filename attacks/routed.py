@@ -27,7 +27,7 @@ from attacks.parts import Climber, PartsSearch, TaskLoss, agreement, wrong_class
 from attacks.pixel_losses import image_loss
 from attacks.search import Found, Objective, Trial, scores
 from attacks.threat import Threat
-from engine.config import Positive, PositiveInt, UserError
+from engine.config import PositiveInt, Positives, UserError
 
 KEEP = 0.05  # by how much of its spread a gate has to be for a hard route; soft ones: by all of it
 ROUNDS = 3  # of the search for the worst vertex
@@ -40,7 +40,7 @@ def soft_gate(
     labels: Tensor,
     threat: Threat,
     *,
-    temperatures: tuple[Positive, ...] = (1.0, 0.3, 0.1),
+    temperatures: Positives = (1.0, 0.3, 0.1),
     straight_through: bool = False,
     loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
@@ -138,7 +138,7 @@ def joint(
     labels: Tensor,
     threat: Threat,
     *,
-    strengths: tuple[Positive, ...] = (0.1, 1.0, 10.0),
+    strengths: Positives = (0.1, 1.0, 10.0),
     loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 30,
     restarts: PositiveInt = 1,

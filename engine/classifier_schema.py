@@ -9,7 +9,7 @@ from engine.components import Component, Named
 from engine.errors import Mistake
 from engine.schema import Attack, BasicTrain, Optimizer, Schedule, boundless, each_once, run_or, word_or_count
 from engine.sections import ComponentSection, Config, Section
-from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Text
+from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Rows, Text
 from engine.yaml_source import expand
 
 Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
@@ -150,7 +150,7 @@ class ClassifierEvaluate(Section):
         "linf", description="eps bounds each value (linf), or the length (l2)"
     )
     attacks: list[Attack] = Field([], description="further attacks, beside those of the suite")
-    attack_rows: list[Text] | None = Field(None, description="rows to attack; null: all models")
+    attack_rows: Rows | None = Field(None, description="rows to attack; null: all models")
     attack_batch_size: PositiveInt = Field(100, description="images attacked together: part of the result")
     attack_seed: NonNegativeInt = Field(0, description="seed of random starts, of AutoAttack's too")
     attack_checks: Bool = Field(

@@ -36,10 +36,12 @@ from engine.sections import ComponentSection, Config, Section
 from engine.values import (
     DEVICE_NAMES,
     IGNORE,
+    ClassId,
     NonNegative,
     NonNegativeInt,
     Positive,
     PositiveInt,
+    Positives,
     Probability,
     Size,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "ClassifierEvaluate",
     "ClassifierEvaluation",
     "ClassifierTrain",
+    "ClassId",
     "Component",
     "Config",
     "ConfigError",
@@ -68,6 +71,7 @@ __all__ = [
     "Pipeline",
     "Positive",
     "PositiveInt",
+    "Positives",
     "Probability",
     "RouterTraining",
     "Run",

@@ -18,6 +18,7 @@ from engine.values import (
     Positive,
     PositiveInt,
     Probability,
+    Rows,
     Size,
     Subsets,
     Text,
@@ -200,6 +201,12 @@ class Adversarial(Section):
         default = cls.model_fields["beta"].default
         if data.get("beta", default) != default and data.get("loss", "ce") == "ce":
             mistakes.append(Mistake(("beta",), "has no effect without loss: trades"))
+        if number_or_none(data.get("beta")) == 0 and data.get("loss") == "trades":
+            told = "0 leaves nothing of loss: trades but the loss of clean images; take it above 0"
+            mistakes.append(Mistake(("beta",), f"{told}, or adversarial: none"))
+        if number_or_none(data.get("clean_fraction")) == 1:
+            told = "1 leaves no image to attack; take it below 1, or adversarial: none"
+            mistakes.append(Mistake(("clean_fraction",), told))
         return mistakes
 
 
@@ -337,7 +344,7 @@ class Evaluate(Section):
         "linf", description="eps bounds each value (linf), or the length (l2)"
     )
     attacks: list[Attack] = Field([], description="further attacks, beside those of the suite")
-    attack_rows: list[Text] | None = Field(
+    attack_rows: Rows | None = Field(
         None, description="rows to attack; null: all baselines, experts, ensembles and gates"
     )
     attack_images: Annotated[str | int, word_or_count("all", "blocks")] = Field(

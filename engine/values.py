@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 
 from engine.errors import Mistakes, wrong
 
@@ -71,6 +71,12 @@ def _typed(expected: str, convert: Callable, holds: Callable = lambda value: Tru
     return BeforeValidator(validate)
 
 
+def _class(value: Any) -> int | str:
+    if type(value) is int and value >= 0 or isinstance(value, str) and value:
+        return value
+    raise Mistakes(wrong(value, "a class by its number, 0 or more, or by its name"))
+
+
 def _each_once(values: list[str]) -> list[str]:
     if not values or len(set(values)) < len(values):
         raise Mistakes(wrong(values, "at least one entry, each only once"))
@@ -80,7 +86,7 @@ def _each_once(values: list[str]) -> list[str]:
 Bool = Annotated[bool, _typed("true or false", _exactly(bool))]
 Text = Annotated[str, _typed("text (a number or true in quotes)", _exactly(str), bool)]
 Name = Annotated[str, _typed("a name of letters, digits and _ - . /", _exactly(str), _NAME.fullmatch)]
-Subsets = Annotated[list[Text], AfterValidator(_each_once)]
+Subsets = Rows = Annotated[list[Text], AfterValidator(_each_once)]
 Bytes = Annotated[str, _typed("a size such as 40GB or 500MB", _exactly(str), byte_count)]
 
 Int = Annotated[int, _typed("a whole number", _exactly(int))]
@@ -91,9 +97,11 @@ NonNegativeInt = Annotated[
 
 Float = Annotated[float, _typed("a number such as 1e-4 or 8/255", _number)]
 Positive = Annotated[float, _typed("a number above 0", _number, lambda number: number > 0)]
+Positives = Annotated[tuple[Positive, ...], Field(min_length=1)]
 NonNegative = Annotated[float, _typed("a number, 0 or more", _number, lambda number: number >= 0)]
 Probability = Annotated[float, _typed("a number from 0 to 1", _number, lambda number: 0 <= number <= 1)]
 
+ClassId = Annotated[int | str, PlainValidator(_class)]
 Size = Annotated[
     tuple[int, int],
     _typed("[height, width], two whole numbers above 0", _size, lambda size: min(size) > 0),
@@ -112,6 +120,8 @@ ANNOTATIONS = {
     "PositiveInt": PositiveInt,
     "NonNegativeInt": NonNegativeInt,
     "Positive": Positive,
+    "Positives": Positives,
+    "ClassId": ClassId,
     "NonNegative": NonNegative,
     "Probability": Probability,
     "Size": Size,

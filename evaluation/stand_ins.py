@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from engine.config import Component, component, table_of
 from evaluation.ledger import canonical
 from evaluation.targets import ROUTED, Kind
 
+Norm = Literal["linf", "l2"]
 CLASSES = 40  # where nothing depends on it
 MOST_CLASSES = (
     255  # of label maps of bytes; more would take long, and change the passes of no attack that is of use
@@ -100,13 +102,16 @@ def count_passes(
     size: tuple[int, int] | None = None,
     conditional: bool = False,
     num_classes: int = CLASSES,
+    norm: Norm = "linf",
 ) -> tuple[int, int, int]:
     """(forward passes, backward passes, passes of networks) per image of an attack on a kind of target, counted by
     running it; of an attack that says itself what it takes at most (`passes_at_most`), that. conditional: as in
     Target. UserError for settings that are not for so many classes."""
     classes = min(num_classes, MOST_CLASSES)
     size = size or (max(classes, CLASSES), 2)  # a row of pixels for each class
-    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size, conditional, classes)
+    return _count(
+        attack.table, canonical(attack.plain()), kind, num_experts, size, conditional, classes, norm
+    )
 
 
 @cache
@@ -118,13 +123,14 @@ def _count(
     size: tuple[int, int],
     conditional: bool,
     num_classes: int,
+    norm: Norm,
 ) -> tuple[int, int, int]:
     plain = json.loads(attack)
     built = component(table, plain.pop("name"), **plain)
     told = getattr(module_of(built), "passes_at_most", None)
     if told is not None:
         return told(kind, num_experts, conditional, **built.args)
-    threat = Threat(1 / 255, seeds=(0,), class_weights=torch.ones(num_classes))
+    threat = Threat(1 / 255, norm, seeds=(0,), class_weights=torch.ones(num_classes))
     images = torch.full((1, 3, *size), 0.5)
     labels = (torch.arange(size[0]) % num_classes)[None, :, None].expand(1, *size)
     model = STAND_INS[kind](num_experts, num_classes)

@@ -5,15 +5,18 @@ members of an ensemble. A single network beside mixtures of E gets restarts unti
 as they have: a mixture's pass runs E networks, in the common members too.
 """
 
+import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from engine.checkpoints import file_sha256
+from engine.command import run
 from engine.config import Component, UserError, component
+from engine.errors import no_choice
 from evaluation.formats import aligned, number
-from evaluation.stand_ins import CLASSES, count_passes, module_of
+from evaluation.stand_ins import CLASSES, Norm, count_passes, module_of
 from evaluation.targets import Kind
 
 TABLE = "attacks:ATTACKS"
@@ -156,10 +159,12 @@ def extra_members(
     num_classes: int,
     taken: Sequence[Member] = (),
     conditional: bool = False,
+    norm: Norm = "linf",
 ) -> list[Member]:
     """Attacks of a config as further members: adaptive ones that are for a kind of target (see `attacks_for`), common
     ones else; `clean` is there anyway. A second one of a name has its settings in it. size: (height, width) of the
-    images. UserError for an attack that the target has nothing for, and for a class that it hasn't."""
+    images; norm: of the threat, which one from a file has to be made for. UserError for an attack that the target has
+    nothing for, and for a class that it hasn't."""
     found, names = [], [one.name for one in taken]
     for attack in attacks:
         if attack.name == "clean":
@@ -169,9 +174,24 @@ def extra_members(
         if name in names:
             raise UserError(f"evaluate.attacks: {name} stands there twice")
         names.append(name)
-        whole = size if "file" in attack.args else None  # made for images of one size
+        whole = size if "file" in attack.args else None  # made for images of one size, and one norm
+        ball = norm if whole else "linf"
         column = "common" if made_for(attack) == ALL else "adaptive"
-        found.append(member(name, attack, column, kind, num_experts, whole, conditional, num_classes))
+        found.append(member(name, attack, column, kind, num_experts, whole, conditional, num_classes, ball))
+    return found
+
+
+def by_number(attacks: Iterable[Component], classes: Sequence[str], key: str) -> list[Component]:
+    """The attacks with the number of the class that they name, as ledgers have it. UserError for a name that is none
+    of the classes, naming the key of the config that it is from."""
+    found = []
+    for attack in attacks:
+        named = attack.args.get("class_id")
+        if isinstance(named, str):
+            if named not in classes:
+                raise UserError(f"{key}: {attack.name}: {no_choice(named, classes).under(('class_id',))}")
+            attack = replace(attack, args={**attack.args, "class_id": list(classes).index(named)})
+        found.append(attack)
     return found
 
 
@@ -218,11 +238,12 @@ def member(
     size: tuple[int, int] | None = None,
     conditional: bool = False,
     num_classes: int = CLASSES,
+    norm: Norm = "linf",
 ) -> Member:
     """A member with its cost, which is counted by running it on a stand-in; size of its image, where that matters."""
     if not isinstance(attack, Component):
         attack = component(TABLE, attack["name"], **{key: attack[key] for key in attack if key != "name"})
-    passes = count_passes(attack, kind, num_experts, size, conditional, num_classes)
+    passes = count_passes(attack, kind, num_experts, size, conditional, num_classes, norm)
     return Member(name, attack, column, *passes)
 
 
@@ -271,7 +292,12 @@ def effort(one: Member) -> str:
     return f"{args.get('steps', one.backwards)} x {args.get('restarts', 1)}"
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
+    argparse.ArgumentParser(
+        prog="python -m evaluation.suites",
+        description="Prints every suite of attacks, what it does and what it costs. Takes no arguments.",
+        allow_abbrev=False,
+    ).parse_args(argv)
     print(
         "Passes per image at one eps. A pass is one forward pass, nearly always with a backward pass, through every\n"
         "network of the target. single: a network by itself, or beside mixtures and ensembles of 2 networks, where it\n"
@@ -291,4 +317,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -641,3 +641,12 @@ def test_the_spread_of_a_gate_is_that_of_the_experts_it_does_not_mask():
     masked = search.vertices()[2]
     assert torch.isfinite(search.missing(seen, masked, 1.0)).all()
     assert (search.missing(seen, masked, 1.0) > 1).all()
+
+
+@pytest.mark.parametrize("name", ["soft_gate", "joint"])
+def test_an_attack_that_raises_nothing_is_refused(name):
+    model = mixture()
+    images, labels = samples(model)
+    nothing = {"soft_gate": "temperatures", "joint": "strengths"}[name]
+    with pytest.raises(UserError, match=f"{name}: nothing to raise, .*give at least one value"):
+        getattr(routed, name)(model, images, labels, threat(), **{nothing: ()})

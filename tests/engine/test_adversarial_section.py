@@ -52,6 +52,14 @@ def test_what_is_trained_on_attacked_images_has_a_ladder_of_its_own(write):
         ({"loss": "mart"}, 'loss: "mart" is unknown; allowed: ce, trades'),
         ({"beta": 3}, "beta: has no effect without loss: trades"),
         ({"radius": 1}, "radius: unknown key"),
+        (
+            {"clean_fraction": 1},
+            "clean_fraction: 1 leaves no image to attack; take it below 1, or adversarial: none",
+        ),
+        (
+            {"loss": "trades", "beta": 0},
+            "beta: 0 leaves nothing of loss: trades but the loss of clean images",
+        ),
     ],
 )
 def test_mistakes_are_told(write, change, line):

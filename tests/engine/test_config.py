@@ -130,6 +130,14 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
             "evaluate.attacks=[clean]",
             'evaluate.attacks.0: "clean" is wrong; expected a mapping such as {name: clean}',
         ),
+        (
+            "evaluate.attack_rows=[]",
+            "evaluate.attack_rows: [] is wrong; expected at least one entry, each only once",
+        ),
+        (
+            "evaluate.attacks=[{name: soft_gate, temperatures: []}]",
+            "evaluate.attacks.0.temperatures: [] is wrong; expected at least 1 entries",
+        ),
         ("evaluate.subsets=[]", "evaluate.subsets: [] is wrong; expected at least one entry, each only once"),
     ],
 )
