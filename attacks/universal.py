@@ -84,7 +84,11 @@ def universal(
         file: the .safetensors file of the perturbation.
     """
     search = Search(model, images, labels, threat)
-    search.look(load_universal(file).apply(images, threat))
+    found = load_universal(file)
+    try:
+        search.look(found.apply(images, threat))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
     return search.found()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attacks.pixel_losses import RESTLESS
+from attacks.quantise import LEVELS
 from evaluation.findings import Finding
 from evaluation.formats import percent
 from evaluation.ledger import Record
@@ -32,6 +33,7 @@ OTHER_COUNT = ("hide", "change_route")  # attacks that count something else than
 ALARM = 0.002  # of accuracy, by which weaker attacks may add to the white-box ones (as in AutoAttack)
 GAP = 0.05  # of accuracy, by which the adaptive suite may be below the common one
 ZERO_SHARE = 0.05  # of steps with a gradient of zeros
+FILLED = 0.95  # of eps: a universal perturbation that changes less is of a smaller ball
 UNSETTLED = 0.05  # of a loss's range, by which its last values may differ (Pintor et al.)
 LONG = 50  # steps from which an attack is expected to have settled
 KEPT = 0.9  # of the clean accuracy: more under attack isn't plausible ...
@@ -334,6 +336,23 @@ def shares_of(record: Record) -> np.ndarray:
     return np.array(record.get("shares", record.get("weights", [])), dtype=float)
 
 
+def universal_radius(bout: Bout) -> list[Finding]:
+    """A universal perturbation in a ball larger than its own, where it changes no more than in its own. Silent
+    elsewhere."""
+    found = []
+    for name in bout.of(("universal",)):
+        records = list(bout.attacks[name].values())
+        norm = records[0]["norm"]
+        used = max(one.get(norm, bout.eps) for one in records)
+        whole = math.floor(LEVELS * bout.eps + 1e-6) / LEVELS
+        reach = whole if bout.quantised and norm == "linf" else bout.eps
+        if used < FILLED * reach:
+            size = f"{LEVELS * used:.3g}/255" if norm == "linf" else f"{used:.4g}"
+            text = f"changes images by {size} at most: it is scaled down to a smaller eps, never up to a larger one"
+            found.append(bout.finding("universal radius", "note", text, name))
+    return found
+
+
 OF_CLEAN: tuple[Check, ...] = (gate_collapse, gate_logits_finite)
 OF_RECORDS: tuple[Check, ...] = (
     gate_logits_finite,
@@ -343,6 +362,7 @@ OF_RECORDS: tuple[Check, ...] = (
     incomplete_optimisation,
     silent_success,
     plausibility,
+    universal_radius,
 )
 
 

@@ -324,7 +324,14 @@ def members_of(
         if one.kind == "single" and one.role != "pathway":
             own[one.name] = classifier_members(settings.suite, one.kind, beside=beside)
         own[one.name] += extra_members(
-            further[one.name], one.kind, one.num_experts, size, num_classes, own[one.name], one.conditional
+            further[one.name],
+            one.kind,
+            one.num_experts,
+            size,
+            num_classes,
+            own[one.name],
+            one.conditional,
+            settings.norm,
         )
         for attack in filter(needs_class_weights, own[one.name]):
             raise UserError(

@@ -5,6 +5,7 @@ applied, to any row of any evaluation at that image size, by evaluate.attacks=[{
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from engine.checkpoints import atomic_write
 from engine.command import run
 from engine.config import Data, Evaluation, Run, UserError, load
 from engine.devices import pick_device
+from engine.schema import boundless
 from evaluation.formats import percent
 from evaluation.targets import class_weights, exact_float32, under_attack
 from pipelines.matrix import as_evaluation, load_zoo
@@ -113,8 +115,23 @@ def samples_of(
     return Samples(open_cache(index, frames, data.image_size, data.resize, data.cache_dir), device)
 
 
+def check_file(path: Path, overwrite: bool) -> None:
+    """UserError where the perturbation can't be written once it is trained, or would replace what is there."""
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; FILE is the .safetensors file to write")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path}: is there already; replace it (--overwrite), or name another file")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "nothing can be written there" if folder.is_dir() else "is a file, not a folder"
+        raise UserError(f"{path}: can't be written: {folder}: {what}")
+
+
 def main(argv: Sequence[str]) -> int:
-    given = _parser().parse_args(argv)
+    given = _parser().parse_intermixed_args(argv)
+    for mistake in boundless({"eps": given.eps, "norm": given.norm}):
+        raise UserError(f"--{mistake}")
+    check_file(Path(given.file), given.overwrite)
     config = load(given.config, given.overrides)
     if isinstance(config, Run):
         config = as_evaluation(config)
@@ -166,7 +183,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of an evaluation, or of a run")
     parser.add_argument("row", metavar="ROW", help="the row to train it on, such as baseline")
     parser.add_argument("file", metavar="FILE", help="the .safetensors file to write")
-    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="values of the config to change")
+    parser.add_argument(
+        "overrides", metavar="a.b=c", nargs="*", default=[], help="values of the config to change"
+    )
     parser.add_argument("--eps", type=number, required=True, help="size of the perturbation, such as 8/255")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="ce", help="what is raised")
@@ -179,6 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--random-start", action="store_true", help="begin at a random point of the ball, not at zero"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a FILE that is there")
     parser.add_argument("--frames", type=count, help="training frames to use, evenly spread; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")

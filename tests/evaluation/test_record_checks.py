@@ -272,3 +272,21 @@ def test_gate_logits_that_are_not_finite_are_flagged_for_as_many_images():
     assert finding.text.startswith("gate logits not finite on 1 images")
     clean, other = check(records(**broken), attacked, name="gate logits")
     assert clean.eps is None and clean.text.startswith("gate logits not finite on 2 images")
+
+
+@pytest.mark.parametrize(
+    ("eps", "used", "quantised", "told"),
+    [
+        (16 / 255, 8 / 255, False, True),
+        (8 / 255, 8 / 255, False, False),
+        (4 / 255, 4 / 255, False, False),  # scaled down
+        (1.5 / 255, 1 / 255, True, False),  # what bytes leave of it
+        (1.5 / 255, 1 / 255, False, True),
+    ],
+)
+def test_a_universal_perturbation_in_a_larger_ball_tells_its_own(eps, used, quantised, told):
+    own = [{**one, "eps": eps, "linf": used} for one in records("universal")]
+    found = check(own, name="universal radius", quantised=quantised)
+    assert [one.severity for one in found] == ["note"] * told
+    if told:
+        assert f"by {255 * used:.0f}/255 at most" in found[0].text and found[0].eps == eps

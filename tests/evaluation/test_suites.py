@@ -1,5 +1,7 @@
 """Suites: what they cost, that the cost is real, and that all kinds of targets get the same."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from evaluation.suites import (
     ON_GATES,
     ON_MEMBERS,
     attacks_for,
+    by_number,
     describe,
     extra_members,
     main,
@@ -165,7 +168,7 @@ def test_none_is_empty_and_others_are_unknown():
 
 
 def test_the_command_prints_members_steps_and_sums(capsys):
-    assert main() == 0
+    assert main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in BUDGETS] == list(BUDGETS)
     quick = describe("quick")
@@ -180,3 +183,40 @@ def test_stand_ins_are_of_the_kinds_that_they_stand_for():
     from evaluation.stand_ins import STAND_INS
 
     assert {kind: kind_of(build(2, 4)) for kind, build in STAND_INS.items()} == {kind: kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("module", ["suites", "traps"])
+def test_the_commands_have_help_and_refuse_arguments(module, capsys):
+    command = importlib.import_module(f"evaluation.{module}").main
+    with pytest.raises(SystemExit) as ended:
+        command(["--help"])
+    assert ended.value.code == 0 and f"python -m evaluation.{module}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        command(["quick"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 2 and "unrecognized arguments: quick" in printed.err and not printed.out
+
+
+def test_a_class_is_hidden_by_its_name_too():
+    named, numbered = (component("attacks:ATTACKS", "hide", class_id=one) for one in ("sky", 1))
+    others = [component("attacks:ATTACKS", "pgd")]
+    assert by_number([named, *others], ("road", "sky"), "evaluate.attacks") == [numbered, *others]
+    with pytest.raises(
+        UserError, match="evaluate.attacks: hide: class_id: .*skye.* is unknown; .*mean 'sky'"
+    ):
+        by_number(
+            [component("attacks:ATTACKS", "hide", class_id="skye")], ("road", "sky"), "evaluate.attacks"
+        )
+    for wrong in (-1, True, 1.0, ""):
+        with pytest.raises(UserError, match="expected a class by its number, 0 or more, or by its name"):
+            component("attacks:ATTACKS", "hide", class_id=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("soft_gate", "temperatures"), ("joint", "strengths"), ("smooth_ensemble", "temperatures")],
+)
+def test_a_sweep_of_nothing_is_refused_when_it_is_read(name, key):
+    with pytest.raises(UserError, match=rf"{name}: {key}: \[\] is wrong; expected at least 1 entries"):
+        component("attacks:ATTACKS", name, **{key: []})
+    assert component("attacks:ATTACKS", name, **{key: [0.5]}).args[key] == (0.5,)

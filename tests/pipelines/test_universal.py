@@ -7,7 +7,7 @@ from attacks.threat import Threat
 from attacks.universal import load_universal
 from dataloaders.frames import FrameIndex
 from engine.command import run
-from engine.config import component, load
+from engine.config import UserError, component, load
 from pipelines.matrix import load_zoo
 from pipelines.robustness import target_of_row
 from pipelines.universal import main, number, samples_of
@@ -87,12 +87,47 @@ def test_samples_are_the_frames_evenly_spread(trained):
 
 def test_mistakes_are_told(trained, capsys):
     config, path, _ = trained
-    assert run(main, [str(config), "nowhere", str(path), "--eps", "0.1", "--device", "cpu"]) == 2
+    new = str(path.with_name("new.safetensors"))
+    assert run(main, [str(config), "nowhere", new, "--eps", "0.1", "--device", "cpu"]) == 2
     assert (
         "row 'nowhere': there is none of that name; allowed: day, night, ensemble mean"
         in capsys.readouterr().err
     )
+    for keys, told in (
+        (["--eps", "2"], "--eps: 2.0 lets every pixel become any other"),
+        (["--eps", "8"], "8.0/255 may be meant"),
+        ([], f"{path}: is there already; replace it (--overwrite), or name another file"),
+    ):
+        assert run(main, [str(config), "day", str(path), "--eps", "0.1", *keys]) == 2
+        assert told in capsys.readouterr().err
+    assert run(main, [str(config), "day", str(path.parent), "--eps", "0.1"]) == 2
+    assert f"{path.parent}: is a folder" in capsys.readouterr().err
+    assert run(main, [str(config), "day", str(path / "deeper"), "--eps", "0.1"]) == 2
+    assert f"can't be written: {path}: is a file, not a folder" in capsys.readouterr().err
     for keys in (["--eps", "0"], ["--eps", "1/0"], ["--eps", "0.1", "--epochs", "0"]):
         with pytest.raises(SystemExit):
             main([str(config), "day", str(path), *keys])
     assert (number("8/255"), number("0.05")) == (8 / 255, 0.05)
+
+
+@pytest.mark.parametrize("key", ["attacks", "transfer"])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_perturbation_for_another_norm_is_refused_before_any_work(trained, workshop, tmp_path, key, dry):
+    one = {"name": "universal", "file": str(trained[1])}
+    config = {**evaluation_of(workshop), "output": str(tmp_path / "runs")}
+    config["evaluate"] = {"norm": "l2", "eps": [0.5], "attack_images": 2, "attacks": [{"name": "fgsm"}]}
+    config["evaluate"] |= {key: [one] if key == "attacks" else one}
+    with pytest.raises(UserError, match="day.safetensors: universal: made for norm linf, not l2"):
+        workshop.evaluate(config, dry_run=dry)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_for_l2_is_taken_there(trained, workshop, tmp_path, capsys):
+    config, path, _ = trained
+    file = tmp_path / "l2.safetensors"
+    keys = ["--eps=0.5", "--norm=l2", "--epochs=1", "--frames=2", "--device=cpu", "evaluate.batch_size=8"]
+    assert main([str(config), "day", str(file), *keys]) == 0
+    assert main([str(config), "day", str(file), *keys, "--overwrite"]) == 0
+    asked = {"norm": "l2", "eps": [0.5], "attacks": [{"name": "universal", "file": str(file)}]}
+    workshop.evaluate({**evaluation_of(workshop), "name": "of_l2", "evaluate": asked}, dry_run=True)
+    assert "network passes" in capsys.readouterr().out
