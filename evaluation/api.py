@@ -18,7 +18,14 @@ from evaluation.plan import Scene, Setup
 from evaluation.robust import Log, as_begun, attack_all
 from evaluation.robust_results import RobustResults
 from evaluation.robust_tables import robust_rows, write_robust
-from evaluation.suites import TABLE, extra_members, members, needs_class_weights, refuse_for_label_maps
+from evaluation.suites import (
+    TABLE,
+    by_number,
+    extra_members,
+    members,
+    needs_class_weights,
+    refuse_for_label_maps,
+)
 from evaluation.target_checks import check_first
 from evaluation.targets import has_tensors, target_of
 
@@ -88,7 +95,10 @@ def evaluate(
     setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about)
     attacks = [as_component(attack, place) for place, attack in enumerate(attacks)]
     refuse_for_label_maps(attacks, "attacks")
-    own += extra_members(attacks, target.kind, target.num_experts, tuple(first.shape[-2:]), len(classes), own)
+    attacks = by_number(attacks, classes, "attacks")
+    own += extra_members(
+        attacks, target.kind, target.num_experts, tuple(first.shape[-2:]), len(classes), own, norm=norm
+    )
     if class_pixels is None and any(map(needs_class_weights, own)):
         class_pixels = pixels_of((labels for _, labels in batches), len(classes), ignore_index)
         log(

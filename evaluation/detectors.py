@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from attacks.evade import SCORES, Said, evade, listen
+from attacks.quantise import quantised
 from attacks.search import scores
 from attacks.threat import Threat, count_labelled, seed_of
 from evaluation.formats import eps_text, markdown_table, percent
@@ -79,7 +80,8 @@ def detection_rows(
 ) -> list[dict]:
     """A row for each score and each kappa, 0 (an attacker who knows of no detector) first, in the columns of
     DETECTION_COLUMNS: accuracy clean and attacked, AUROC with its interval over the blocks of the images and FPR at
-    95 % TPR of the score, on n_images clean images against as many attacked ones."""
+    95 % TPR of the score, on n_images clean images against as many attacked ones, which are rounded to bytes where
+    those of the setup are."""
     names, device = scores_of(target), torch.device(device)
     trials = [(name, kappa) for name in names for kappa in kappas]
     before: dict[str, list] = {name: [] for name in names}
@@ -99,19 +101,22 @@ def detection_rows(
                 found = {name: DETECTORS[name](said).tolist() for name in wanted}
             return found, int(scores(said.logits, labels.long(), threat.ignore_index)[0].sum())
 
+        def kept(points: Tensor, images=images, threat=threat) -> Tensor:
+            return quantised(points, images, threat) if setup.adversarials == "uint8" else points
+
         with under_attack(target.model), exact_float32(device):
             found, right_here = measured(images, names)
             right[None] += right_here
             for name in names:
                 before[name] += found[name]
             plain = evade(target.model, images, labels, threat, kappa=0.0, steps=steps)
-            found, right_here = measured(plain.images, names)
+            found, right_here = measured(kept(plain.images), names)
             for name in names:
                 after[name, 0.0] += found[name]
                 right[name, 0.0] += right_here
             for name, kappa in trials:
                 evasive = evade(target.model, images, labels, threat, score=name, kappa=kappa, steps=steps)
-                found, right_here = measured(evasive.images, [name])
+                found, right_here = measured(kept(evasive.images), [name])
                 after[name, kappa] += found[name]
                 right[name, kappa] += right_here
     rows, resamples = [], Resamples(blocks)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attacks.quantise import quantised
 from attacks.threat import Threat
 from engine.config import Component, UserError
 from evaluation.formats import markdown_table, percent
@@ -87,10 +88,12 @@ def transfer(
     attack: Component,
     batches: Iterable[tuple[Tensor, Tensor, Threat]],
     num_classes: int,
+    as_bytes: bool = False,
 ) -> Transfer:
     """All pairs: the attack on each target, the images with the fewest right pixels that it found shown to all.
 
-    batches: images float32 [B, 3, H, W] in [0, 1], labels [B, H, W], and the threat with a seed per image.
+    batches: images float32 [B, 3, H, W] in [0, 1], labels [B, H, W], and the threat with a seed per image. as_bytes:
+    the images are rounded to multiples of 1/255 before they are shown (see `quantised`).
     """
     names = tuple(target.name for target in targets)
     if len({CLEAN, *names}) <= len(names):
@@ -106,7 +109,8 @@ def transfer(
                 made = {CLEAN: images}
                 for target in targets:
                     own = threat_on(target, threat, images.device)
-                    made[target.name] = attack.build(target.model, images, labels, own).images
+                    points = attack.build(target.model, images, labels, own).images
+                    made[target.name] = quantised(points, images, own) if as_bytes else points
                 counts.append(cross_counts(targets, made, labels, num_classes, threat.ignore_index))
     if not counts:
         raise UserError("transfer: no images")

@@ -22,6 +22,7 @@ from evaluation.robust_tables import TABLES, robust_summary, write_robust
 from evaluation.suites import (
     Member,
     attacks_for,
+    by_number,
     extra_members,
     made_for,
     members,
@@ -74,17 +75,19 @@ def attack_rows(
         write_beside(folder / FINDINGS, found)
         write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
         manifest = read_manifest(ledger)
-        source = {"ledger": manifest, "transfer": settings.transfer and settings.transfer.plain()}
+        attack = transfer_of(config, index)
+        source = {"ledger": manifest, "transfer": attack and attack.plain()}
         source["columns"] = TRANSFER_COLUMNS
+        bytes_too = {"quantised": True} if setup.adversarials == "uint8" else {}  # earlier ones were not
         once(
             folder / TRANSFER,
-            source,
-            lambda: transfer_rows(settings.transfer, targets, scenes, setup, device),
+            source | bytes_too,
+            lambda: transfer_rows(attack, targets, scenes, setup, device),
         )
         source = {"ledger": manifest, "detectors": settings.detectors, "columns": DETECTION_COLUMNS}
         once(
             folder / DETECTORS,
-            source,
+            source | bytes_too,
             lambda: detector_rows(settings.detectors, targets, scenes, setup, device),
         )
     results, flags = write_robust(folder, ledger)
@@ -130,7 +133,7 @@ def transfer_rows(
             threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
             yield scene.images.to(device), scene.labels.to(device), threat
 
-    found = transfer(targets, attack, batches(), len(setup.classes))
+    found = transfer(targets, attack, batches(), len(setup.classes), setup.adversarials == "uint8")
     about = {"eps": eps, "attack": attack.name, "n_images": len(blocks)}
     return [row | about for row in found.rows(blocks)]
 
@@ -224,13 +227,19 @@ def attacked_rows(
     refuse_for_label_maps(filter(None, [settings.transfer]), "evaluate.transfer")
     targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
     parity = max(target.num_experts for target in targets)
-    further = attacks_for(settings.attacks, {target.name: target.kind for target in targets})
+    attacks, transferring = (
+        by_number(settings.attacks, index.classes, "evaluate.attacks"),
+        transfer_of(config, index),
+    )
+    further = attacks_for(attacks, {target.name: target.kind for target in targets})
     own, lacking = {}, []
     for target in targets:
         suite = members(settings.suite, target.kind, target.num_experts, parity)
-        more = extra_members(further[target.name], target.kind, target.num_experts, size, classes, suite)
+        more = extra_members(
+            further[target.name], target.kind, target.num_experts, size, classes, suite, norm=settings.norm
+        )
         own[target.name] = [*suite, *more]
-        made = [*own[target.name], *transferred(settings.transfer, target, size, classes)]
+        made = [*own[target.name], *transferred(transferring, target, size, classes, settings.norm)]
         if target.class_pixels is None and any(map(needs_class_weights, made)):
             lacking.append(target.name)
     if lacking:
@@ -246,8 +255,14 @@ def attacked_rows(
     return targets, own
 
 
+def transfer_of(config: Evaluation, index: FrameIndex) -> Component | None:
+    """The attack of evaluate.transfer, with the number of a class that it names; None without one."""
+    asked = filter(None, [config.evaluate.transfer])
+    return next(iter(by_number(asked, index.classes, "evaluate.transfer")), None)
+
+
 def transferred(
-    attack: Component | None, target: Target, size: tuple[int, int], num_classes: int
+    attack: Component | None, target: Target, size: tuple[int, int], num_classes: int, norm: str
 ) -> list[Member]:
     """The attack of evaluate.transfer as a member, none without one. UserError for a row that it can't be made for."""
     if attack is None:
@@ -258,7 +273,7 @@ def transferred(
             f"evaluate.transfer: {attack.name} is for {words}, and row {target.name} is none; name an attack that all "
             "rows take, such as pgd, or the rows that take it in evaluate.attack_rows"
         )
-    return extra_members([attack], target.kind, target.num_experts, size, num_classes)
+    return extra_members([attack], target.kind, target.num_experts, size, num_classes, norm=norm)
 
 
 def target_of_row(zoo: Zoo, name: str) -> Target:

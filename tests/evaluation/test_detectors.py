@@ -10,6 +10,7 @@ import torch
 from attacks.evade import SCORES, Said
 from evaluation.detectors import DETECTORS, cost, detection_rows, detection_table, scores_of, side_by_side
 from evaluation.plan import Setup
+from evaluation.targets import target_of
 from tests.evaluation import robust_toy as toy
 
 SETUP = Setup(classes=tuple("abcd"), eps=(8 / 255,), seed=3)
@@ -110,3 +111,24 @@ def test_no_interval_over_fewer_than_ten_blocks(rows):
 def test_clean_images_can_t_be_told_from_themselves():
     (plain, adaptive) = detection_rows(toy.targets()[0], toy.scenes(), SETUP, 0.0, kappas=(1.0,), steps=2)
     assert plain["auroc"] == adaptive["auroc"] == 0.5 and plain["attacked"] == plain["clean"]
+
+
+def test_attacked_images_are_rounded_where_the_setup_keeps_bytes():
+    """At 1.4/255 an attack moves by a byte at most."""
+    listened = []
+
+    class Listening(toy.Net):
+        def forward(self, images):
+            if not torch.is_grad_enabled():
+                listened.append(images)
+            return super().forward(images)
+
+    one = target_of("net", Listening(0))
+    for kept in ("none", "uint8"):
+        listened.clear()
+        detection_rows(one, toy.scenes(), toy.setup(adversarials=kept), 1.4 / 255, kappas=(1.0,), steps=2)
+        off = [((points * 255) - (points * 255).round()).abs().max() > 1e-3 for points in listened]
+        # of each batch: the clean images, then the last look of each attack and what is measured of it
+        assert off[:5] == (
+            [False, True, True, True, True] if kept == "none" else [False, True, False, True, False]
+        )

@@ -170,3 +170,30 @@ def test_refusals():
         transfer([target("clean", 1)], ATTACK, batches(), CLASSES)
     with pytest.raises(UserError, match="no images"):
         transfer([target("first", 1)], ATTACK, [], CLASSES)
+
+
+def test_images_are_shown_as_bytes_where_these_are_kept():
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randint(256, (4, 3, 6, 8), generator=generator).float() / 255
+    labels = target("first", 1).model(images).argmax(dim=1)
+    shown = []
+
+    class Listening(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = target("first", 1).model
+
+        def forward(self, points):
+            if not torch.is_grad_enabled():
+                shown.append(points.detach())
+            return self.network(points)
+
+    threat = Threat(2.5 / 255, seeds=tuple(range(4)))
+    for as_bytes in (False, True):
+        shown.clear()
+        transfer(
+            [Target("one", "single", Listening())], ATTACK, [(images, labels, threat)], CLASSES, as_bytes
+        )
+        levels = shown[-1] * 255
+        on_grid = bool((levels - levels.round()).abs().max() < 1e-3)
+        assert on_grid == as_bytes and not torch.equal(shown[-1], images)

@@ -338,3 +338,38 @@ def test_frames_without_a_labelled_pixel_are_refused_before_any_work(workshop, t
     ):
         workshop.evaluate(config, dry_run=dry)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_class_is_hidden_by_its_name(workshop):
+    def own(**settings):
+        config = workshop.load(attacked(workshop, attack_rows=["day"], **settings))
+        index = config.data.build()
+        _, members = attacked_rows(config, index, load_zoo(config, index))
+        return [one.about for one in members["day"]]
+
+    hide = {"name": "hide", "steps": 2}
+    named, numbered = (own(attacks=[{**hide, "class_id": one}]) for one in ("left", 1))
+    assert named == numbered  # the same ledger
+    own(transfer={**hide, "class_id": "left"})
+    for key, given in (
+        ("attacks", [{**hide, "class_id": "lift"}]),
+        ("transfer", {**hide, "class_id": "lift"}),
+    ):
+        with pytest.raises(
+            UserError, match=f"evaluate.{key}: hide: class_id: .lift. is unknown; .*mean 'left'"
+        ):
+            own(**{key: given})
+
+
+def test_what_stands_beside_a_ledger_of_bytes_is_of_bytes(workshop, monkeypatch):
+    asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"], "adversarials": "uint8"}
+    config = attacked(workshop, name="bytes", attack_rows=["gate", "day"], attack_images=2, **asked)
+    given = []
+    monkeypatch.setattr(
+        "evaluation.transfer.quantised", lambda points, *_: given.append("transfer") or points
+    )
+    monkeypatch.setattr(
+        "evaluation.detectors.quantised", lambda points, *_: given.append("detectors") or points
+    )
+    workshop.evaluate(config)
+    assert set(given) == {"transfer", "detectors"}
