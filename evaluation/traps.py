@@ -6,8 +6,10 @@ see the expert that answers, and no noise turns the gate; AutoAttack, on classif
 with a straight-through gradient, the same gate falls to them: what they lack is its gradient.
 """
 
+import argparse
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from attacks.autoattack import autoattack
 from attacks.routed import look_inside
 from attacks.search import Found, scores
 from attacks.threat import Threat, seed_of
+from engine.command import run
 from evaluation.classifier_suites import classifier_members
 from evaluation.classifier_tables import (
     AUTOATTACK,
@@ -249,8 +252,14 @@ def random_signs(dice: torch.Generator, *shape: int) -> Tensor:
     return torch.randint(2, shape, generator=dice).float() * 2 - 1
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> int:
     """Prints all traps and their controls."""
+    argparse.ArgumentParser(
+        prog="python -m evaluation.traps",
+        description="Attacks gates that no gradient tells of, and their controls, and prints which flags are raised. "
+        "Takes no arguments.",
+        allow_abbrev=False,
+    ).parse_args(argv)
     outcomes = [spring(task, gate) for task in TASKS for gate in GATES]
     lines = [("task", "gate", "clean", "plain suite", "AutoAttack", "gate-aware", "route flips")]
     for one in outcomes:
@@ -273,7 +282,8 @@ def main() -> None:
     for line in text.splitlines():
         if line.startswith("- !"):
             print(line)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

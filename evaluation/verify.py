@@ -311,7 +311,11 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("submission", metavar="SUBMISSION", help="folder of an evaluation under attack")
     parser.add_argument(
-        "overrides", metavar="a.b=c", nargs="*", help="of its config: where data and runs are, data.root=..."
+        "overrides",
+        metavar="a.b=c",
+        nargs="*",
+        default=[],
+        help="of its config: where data and runs are, data.root=...",
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda; that of the ledger is exact")
     arguments = parser.parse_intermixed_args(argv)

@@ -136,7 +136,11 @@ def _parser(doc: str, command: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument(
-        "overrides", metavar="a.b=c", nargs="*", help="values of the config to change, such as train.epochs=3"
+        "overrides",
+        metavar="a.b=c",
+        nargs="*",
+        default=[],
+        help="values of the config to change, such as train.epochs=3",
     )
     parser.add_argument(
         "--print-config", action="store_true", help="print every value with the file:line it came from"

@@ -17,7 +17,7 @@ from evaluation.robust import attack_all
 from evaluation.robust_tables import write_robust
 from evaluation.suites import member
 from evaluation.targets import target_of
-from evaluation.verify import verify
+from evaluation.verify import main, verify
 from tests.evaluation import robust_toy as toy
 
 
@@ -285,3 +285,9 @@ def test_threads_are_as_they_were(honest):
     before = torch.get_num_threads()
     checked(honest)
     assert torch.get_num_threads() == before
+
+
+def test_the_command_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert capsys.readouterr().err.splitlines()[-1].endswith("arguments are required: SUBMISSION")
