@@ -373,3 +373,20 @@ def test_what_stands_beside_a_ledger_of_bytes_is_of_bytes(workshop, monkeypatch)
     )
     workshop.evaluate(config)
     assert set(given) == {"transfer", "detectors"}
+
+
+def test_one_network_with_a_convolution_goes_through_suite_and_checks(workshop):
+    """baseline_w_conv of the main pipelines: a uniform gate over one expert."""
+    gate = {"type": "uniform", "conv": True}
+    workshop.train(
+        {**workshop.gate("w_conv"), "experts": {"day": str(workshop.run("day"))}, "gate": gate},
+        overwrite=True,
+    )
+    asked = {"suite": "quick", "attacks": [], "eps": ["4/255"], "attack_images": 2, "attack_checks": True}
+    config = attacked(workshop, name="of_one", attack_rows=["w_conv"], **asked)
+    workshop.evaluate({**config, "gates": {"w_conv": str(workshop.run("w_conv"))}})
+    folder = workshop.run("of_one") / "evaluation" / "test"
+    checks = {row["check"]: row for row in rows_of(folder / "checks.csv") if row["model"] == "w_conv"}
+    for name in ("gate gradient", "gate direction"):
+        assert checks[name]["text"] == "there is one expert: the gate has nothing to choose"
+    assert "active test" in checks
