@@ -11,6 +11,7 @@ import pytest
 from dataloaders import IMAGE_SETS
 from dataloaders.cifar import CIFAR10, cifar
 from dataloaders.digits import digits
+from dataloaders.image_files import Archive, Labelled, decoded
 from dataloaders.image_set import ImageSet, ImageSplit, Picked, with_val
 from dataloaders.imagenet import imagenet
 from dataloaders.imagenet import main as pack_imagenet
@@ -193,6 +194,15 @@ def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
     assert [image[0, 0, 0] for image in test.images[np.arange(4)]] == [0, 1, 2, 3]
     assert np.bincount(found.split("train").labels).tolist() == [4, 4, 4]
     assert sorted(path.relative_to(root) for path in root.rglob("*")) == before  # nothing is moved
+    annotations = root / "val" / "val_annotations.txt"
+    for wrong, message in (
+        (lines[:3], r"1 image not in this list, of 4 that are there: images/val_3\.JPEG"),
+        ([*lines, lines[1]], r"1 image more than once, expected once each: images/val_1\.JPEG"),
+        ([*lines, "val_9.JPEG\tn01\t0\t0\t1\t1"], r"1 image missing, of 5 in this list: images/val_9\.JPEG"),
+    ):
+        annotations.write_text("\n".join(wrong) + "\n")
+        with pytest.raises(UserError, match=r"val_annotations\.txt: " + message):
+            tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\t0\t1\t1\n")
     with pytest.raises(UserError, match=r"val_annotations\.txt:1: 'n09' is no class"):
         tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
@@ -240,6 +250,64 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
         imagenet(cache, root=str(root))
     with pytest.raises(UserError, match="holds neither"):
         imagenet(cache, root=str(tmp_path))
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("gone", [1, 3])  # the last one once made a file that is too short
+def test_a_val_of_imagenet_with_other_images_than_its_list_is_refused(tmp_path, archived, gone):
+    root, cache = kaggle(tmp_path / "kaggle"), tmp_path / "cache"
+    val = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    name = f"ILSVRC2012_val_{gone}"
+    content = (val / f"{name}.JPEG").read_bytes()
+    (val / f"{name}.JPEG").unlink()
+    if archived:
+        packed(val.parent, "val")
+    message = rf"LOC_val_solution\.csv: 1 image missing, of 4 in this list: {name}\.JPEG$"
+    with pytest.raises(UserError, match=message):
+        imagenet(str(cache), root=str(root), edge=32, val_images=2)
+    assert not cache.exists()
+    if not archived:
+        write(val / f"{name}.JPEG", content)
+        solution = root / "LOC_val_solution.csv"
+        rows = solution.read_text().splitlines()
+        short = [row for row in rows if not row.startswith(name)]
+        for wrong, message in (
+            (short, rf"1 image not in this list, of 4 that are there: {name}\.JPEG"),
+            ([*rows, rows[1]], r"1 image more than once, expected once each: ILSVRC2012_val_2\.JPEG"),
+        ):
+            solution.write_text("\n".join(wrong) + "\n")
+            with pytest.raises(UserError, match=r"LOC_val_solution\.csv: " + message):
+                imagenet(str(cache), root=str(root), edge=32, val_images=2)
+
+
+@pytest.mark.parametrize("gone", [2, 7])  # in the middle, and the last
+def test_images_that_an_archive_does_not_give_leave_nothing_behind(tmp_path, gone):
+    root = tmp_path / "data"
+    for number in range(8):
+        write(root / "val" / f"{number}.png", png((number, 0, 0)))
+    packed(root, "val")
+    archive = Archive(root / "val.tar.gz")
+    files = [Labelled(name, 0) for name in archive.names()]
+    files[gone] = Labelled("other.png", 0)
+    with pytest.raises(UserError, match=r"toy val: 1 image missing, of 8: other\.png$"):
+        decoded(archive, files, 32, tmp_path / "cache", "toy val")
+    assert [path.suffix for path in (tmp_path / "cache" / "images").iterdir()] == [".lock"]
+
+
+def test_archives_that_are_cut_off_or_hold_a_file_twice_are_refused(tmp_path):
+    root, cache = class_folders(tmp_path / "data", ("train", "test"), CIFAR10), str(tmp_path / "cache")
+    packed(root, "train")
+    content = (root / "train.tar.gz").read_bytes()
+    (root / "train.tar.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"train\.tar\.gz: can't be read"):
+        cifar(cache, root=str(root), val_images=10)
+    (root / "train.tar.gz").write_bytes(content)
+    with tarfile.open(root / "test.tar", "w") as archive:
+        for _ in range(2):
+            archive.add(root / "test" / "cat", "test/cat")
+    (root / "test").rename(root / "unpacked")
+    with pytest.raises(UserError, match=r"test\.tar: 4 images more than once, .*: cat/cat_0\.png, cat/cat_1"):
+        cifar(cache, root=str(root), val_images=10)
 
 
 def idx(array) -> bytes:
