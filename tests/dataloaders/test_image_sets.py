@@ -341,11 +341,53 @@ def test_mnist_files(tmp_path, pack):
         mnist(CACHE, root=str(tmp_path), val_images=10)
 
 
+def mnist_t10k(root, labels):
+    write(root / "t10k-images-idx3-ubyte", idx(np.zeros((len(labels), 28, 28), np.uint8)))
+    write(root / "t10k-labels-idx1-ubyte", idx(np.array(labels, np.uint8)))
+    return root
+
+
 def test_test_files_alone_have_a_name_of_their_own(tmp_path):
-    write(tmp_path / "t10k-images-idx3-ubyte", idx(np.zeros((40, 28, 28), np.uint8)))
-    write(tmp_path / "t10k-labels-idx1-ubyte", idx(np.arange(40).astype(np.uint8) % 10))
-    found = mnist(CACHE, root=str(tmp_path), val_images=10)
+    root = str(mnist_t10k(tmp_path, np.arange(40) % 10))
+    found = mnist(CACHE, root=root, val_images=10)
     assert found.name == "mnist_t10k" and [len(one) for one in found.splits.values()] == [18, 10, 12]
+    for share, split in ((0.0, "test"), (1.0, "train")):
+        with pytest.raises(
+            UserError, match=f"data.test_share: {share} leaves no image for {split}; expected"
+        ):
+            mnist(CACHE, root=root, val_images=10, test_share=share)
+
+
+def test_labels_that_are_no_digits_are_named(tmp_path):
+    mnist_t10k(tmp_path, [*range(10), 25])  # as in EMNIST
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte: label 25, allowed: 0 to 9; is this EMNIST"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+
+
+@pytest.mark.parametrize(
+    "kind, length, message",
+    [
+        ("images-idx3", 0, "is no IDX file of bytes in 3 dimensions"),
+        ("images-idx3", 4, "4 bytes, its header alone has 16"),
+        ("images-idx3", 15, "15 bytes, its header alone has 16"),
+        ("images-idx3", 16, "0 values, its header says"),
+        ("labels-idx1", 7, "7 bytes, its header alone has 8"),
+    ],
+)
+def test_idx_files_that_end_in_their_header_are_named(tmp_path, kind, length, message):
+    path = mnist_t10k(tmp_path, np.arange(40) % 10) / f"t10k-{kind}-ubyte"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=rf"t10k-{kind}-ubyte: {message}"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+
+
+def test_idx_files_of_other_things_and_of_nothing_are_named(tmp_path):
+    mnist_t10k(tmp_path, [])
+    with pytest.raises(UserError, match="0 images and 0 labels of t10k"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+    write(tmp_path / "t10k-images-idx3-ubyte", idx(np.zeros(40, np.uint8)))
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte: is no IDX file of bytes in 3 dimensions"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
 
 
 def test_rows_of_a_memory_map_are_not_read(tmp_path):
@@ -368,6 +410,21 @@ def test_digits_are_there_with_no_download():
     assert found.size == (1, 8, 8) and found.split("train").images.max() == 255
     assert found.split("test").names[-1] == "digit_1796"
     assert digits(CACHE).manifest("val") == found.manifest("val") != digits(CACHE, val_seed=1).manifest("val")
+
+
+@pytest.mark.parametrize("count", [1778, 1797, 2000])
+def test_a_test_split_that_leaves_digits_no_train_is_refused(count):
+    assert len(digits(CACHE, test_images=1777, val_images=10).split("train")) == 10
+    with pytest.raises(
+        UserError, match=f"^data.test_images: {count} is wrong for digits; expected 1 to 1777$"
+    ):
+        digits(CACHE, test_images=count)
+
+
+def test_a_train_split_that_val_would_empty_is_told():
+    split = ImageSplit(np.zeros((5, 1, 2, 2), np.uint8), np.array([0, 0, 1, 1, 2]), list("vwxyz"))
+    with pytest.raises(UserError, match="toy: train has 1 of class c, expected 2 images or more"):
+        with_val(ImageSet("toy", tuple("abc"), {"train": split}), 3, 0)
 
 
 @pytest.mark.parametrize("count", [0, 9, 1000])
