@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dataloaders import IMAGE_SETS
-from dataloaders.cifar import CIFAR10, cifar
+from dataloaders.cifar import BINARY, CIFAR10, cifar
 from dataloaders.digits import digits
 from dataloaders.image_files import Archive, Labelled, decoded
 from dataloaders.image_set import ImageSet, ImageSplit, Picked, with_val
@@ -84,17 +84,47 @@ def test_damaged_binary_files_are_named(tmp_path):
     (root / "data_batch_3.bin").write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"data_batch_3\.bin: \d+ bytes are no whole number of rows of 3073"):
         cifar(CACHE, root=str(tmp_path), val_images=20)
-    (root / "data_batch_3.bin").unlink()
-    with pytest.raises(UserError, match=r"data_batch_3\.bin: can't be read"):
-        cifar(CACHE, root=str(tmp_path), val_images=20)
-    binary_cifar(root)
-    (root / "test_batch.bin").write_bytes(bytes([11]) + bytes(3072))
-    with pytest.raises(UserError, match=r"test_batch\.bin: label 11, allowed: 0 to 9"):
-        cifar(CACHE, root=str(tmp_path), val_images=20)
+    for name in ("data_batch_3", "test_batch"):
+        (root / f"{name}.bin").unlink()
+        with pytest.raises(UserError, match=rf"{name}\.bin: can't be read"):
+            cifar(CACHE, root=str(tmp_path), val_images=20)
+        binary_cifar(root)
+        (root / f"{name}.bin").write_bytes(bytes([11]) + bytes(3072))
+        with pytest.raises(UserError, match=rf"{name}\.bin: label 11, allowed: 0 to 9"):
+            cifar(CACHE, root=str(tmp_path), val_images=20)
+        binary_cifar(root)
     with pytest.raises(UserError, match="holds neither cifar-10-batches-bin/"):
         cifar(CACHE, root=str(root.parent.parent))
     with pytest.raises(UserError, match="no folder"):
         cifar(CACHE, root=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("classes, train, test", [(10, "data_batch_2", "test_batch"), (100, "train", "test")])
+def test_short_binary_files_beside_official_ones_are_named(tmp_path, monkeypatch, classes, train, test):
+    assert set(BINARY[10][1].values()) | set(BINARY[10][2].values()) == {10_000}
+    assert (BINARY[100][1], BINARY[100][2]) == ({"train.bin": 50_000}, {"test.bin": 10_000})
+    folder, *files, label_bytes, names = BINARY[classes]
+    small = [{name: count // 50 for name, count in one.items()} for one in files]
+    monkeypatch.setitem(BINARY, classes, (folder, *small, label_bytes, names))
+    root = binary_cifar(tmp_path / folder, classes, 200)
+    if classes == 100:
+        write(root / "train.bin", (root / "train.bin").read_bytes() * 5)
+    assert len(cifar(CACHE, root=str(tmp_path), classes=classes, val_images=100).split("test")) == 200
+    for name, count in ((train, small[0][f"{train}.bin"]), (test, 200)):
+        whole = (root / f"{name}.bin").read_bytes()
+        (root / f"{name}.bin").write_bytes(whole[: 50 * (3072 + label_bytes)])
+        with pytest.raises(UserError, match=rf"{name}\.bin: 50 images, expected {count}; download it again"):
+            cifar(CACHE, root=str(tmp_path), classes=classes, val_images=100)
+        (root / f"{name}.bin").write_bytes(whole)
+
+
+def test_train_batches_of_a_small_set_are_equally_long(tmp_path):
+    root = binary_cifar(tmp_path / "cifar-10-batches-bin")
+    (root / "test_batch.bin").write_bytes((root / "test_batch.bin").read_bytes()[: 30 * 3073])
+    assert len(cifar(CACHE, root=str(tmp_path), val_images=20).split("test")) == 30
+    (root / "data_batch_4.bin").write_bytes((root / "data_batch_4.bin").read_bytes()[: 30 * 3073])
+    with pytest.raises(UserError, match=r"data_batch_4\.bin: 30 images, expected 40; download it again"):
+        cifar(CACHE, root=str(tmp_path), val_images=20)
 
 
 def class_folders(root, splits, classes, count=4, size=(32, 32), inner=""):
