@@ -22,7 +22,13 @@ from evaluation.statistics import FEWEST_UNITS, Estimate
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import COMPONENT_COLUMNS, TELEMETRY_COLUMNS, component_rows, telemetry_rows
-from evaluation.transfer import METRICS, TRANSFER_COLUMNS, stronger_than_white_box, transfer_table
+from evaluation.transfer import (
+    METRICS,
+    TRANSFER_COLUMNS,
+    below_worst_case,
+    stronger_than_white_box,
+    transfer_table,
+)
 
 NOTHING = Beside()
 DETECTORS_TOLD = (
@@ -56,7 +62,10 @@ def write_robust(folder: str | Path, ledger: str | Path) -> tuple[RobustResults,
     they are made from, with the flags that were raised."""
     manifest, units = read_manifest(ledger), read_units(ledger)
     results, beside = RobustResults(manifest, units), read_beside(folder)
-    beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
+    too_weak = below_worst_case(
+        beside.transfer, lambda target, eps: results.worst(target, eps, "adaptive").figures["aacc"].value
+    )
+    beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings, *too_weak])
     records = list(records_of(manifest, units))
     kinds = {name: target["identity"]["kind"] for name, target in results.targets.items()}
     experts = {name: list(target["identity"].get("experts", ())) for name, target in results.targets.items()}
