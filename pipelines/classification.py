@@ -23,6 +23,7 @@ from networks.complexity import parameters
 from pipelines.classifier_costs import describe_costs, without_pruned
 from pipelines.classifier_validation import metric_names, validated
 from pipelines.models import weights_file
+from pipelines.seen_images import trainings_of
 
 BALANCED_ON = 512  # images that the router's first biases are set from
 
@@ -215,5 +216,10 @@ def description(config: Classification, images: ImageSet, model: nn.Module) -> d
     }
     if config.train.start_from:
         path = config.train.start_from
-        about["start_from"] = {"path": path, "sha256": load_metadata(weights_file(path))["tensors_sha256"]}
+        first = load_metadata(weights_file(path))
+        about["start_from"] = {
+            "path": path,
+            "sha256": first["tensors_sha256"],
+            "trainings": trainings_of(first),
+        }
     return about

@@ -38,33 +38,42 @@ from evaluation.suites import Member, attacks_for, extra_members, member, needs_
 from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
-from pipelines.models import load_classifier, require_classes
+from pipelines.models import Trained, load_classifier, require_classes, require_network
+from pipelines.seen_images import refuse_seen
 
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A classifier in eval mode, weights frozen; role: the name of its network; method: how it was trained."""
+    """A classifier in eval mode, weights frozen; role: the name of its network; method: how it was trained; trained:
+    the checkpoint that it is from, None for one that brings its own weights."""
 
     network: nn.Module
     role: str
     about: dict
     method: str = ""
     rise: float | None = None
+    trained: Trained | None = None
 
 
 def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | None:
     """Evaluates every model that the config names. Of several processes (torchrun) the first does the clean pass, all
     do attacks, and who sees the ledgers complete writes the tables; None for the others."""
     device = own_gpu(pick_device(options.device))
-    if isinstance(config, Classification):
+    training = config if isinstance(config, Classification) else None
+    if training:
         config = as_evaluation(config)
     settings, folder = config.evaluate, folder_of(config)
     if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     images = config.data.build(config.data.cache_dir)
     models = {name: load(source, f"models.{name}", images) for name, source in config.models.items()}
+    for name, one in models.items():
+        if one.trained and training:
+            require_network(one.trained, training.network, "network")
+        if one.trained:
+            refuse_seen(one.trained, f"models.{name}", config.data, images, settings.split)
     for name in settings.attack_rows or ():
         if name not in models:
             raise UserError(f"evaluate.attack_rows: there is no model {name!r}; allowed: {', '.join(models)}")
@@ -142,7 +151,7 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     about = {"network": trained.metadata["network"], "sha256": trained.sha256}
     method = trained.metadata.get("config", {}).get("train", {}).get("method", "")
     rise = rise_of(trained.file.parent.parent / "metrics.csv")
-    return Loaded(trained.network, about["network"]["name"], about, method, rise)
+    return Loaded(trained.network, about["network"]["name"], about, method, rise, trained)
 
 
 def rise_of(metrics: Path) -> float | None:

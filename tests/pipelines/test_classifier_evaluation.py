@@ -412,6 +412,27 @@ def test_a_training_s_config_evaluates_its_own_network(bench, tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_training_s_config_of_another_network_is_refused(bench, tmp_path, capsys):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        f"name: plain\noutput: {bench.folder}\n"
+        "data: {name: digits, test_images: 1200, val_images: 50}\n"
+        "network: {name: cnn, arch: resnet18, ratio: 0.06}\n"
+        "train: {method: standard, epochs: 1}\n"
+    )
+    for change, told in (
+        ("network.ratio=0.1", "network.ratio: 0.06, the config says 0.1"),
+        ("network.arch=resnet34", "network.arch: resnet18, the config says resnet34"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            assert main("", "evaluate_cnn_moe", argv=[str(path), change, "--device", "cpu", *dry]) == 2
+            assert (
+                capsys.readouterr().err
+                == f"network: {weights_file(bench.folder / 'plain')} was built with {told}\n"
+            )
+    assert not bench.at("plain").exists()
+
+
 def test_a_training_is_attacked_at_the_eps_of_its_validation(bench):
     plain = bench.training("run", {"name": "cnn", "arch": "resnet18"}).plain()
     assert as_evaluation(from_dict(plain)).evaluate.eps == [0.1]
