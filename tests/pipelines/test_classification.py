@@ -231,7 +231,10 @@ def test_training_goes_on_from_an_exported_pathway(tmp_path):
     assert result.steps == 3 and 0 < float(rows[0]["loss"]) < 100 and len(told) == 1
     about = load_metadata(folder / "checkpoints" / "best.safetensors")["start_from"]
     source = load_metadata(tmp_path / "out" / "best.safetensors")
-    assert about == {"path": str(tmp_path / "out"), "sha256": source["tensors_sha256"]}
+    saw = [{"data": source["exported_from"]["config"]["data"], "manifest": images.manifest("train")}]
+    assert about == {
+        "path": str(tmp_path / "out"), "sha256": source["tensors_sha256"], "trainings": saw,
+    }  # fmt: skip
     assert "which is new" not in (folder / "log.txt").read_text()
 
 
