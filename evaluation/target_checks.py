@@ -271,15 +271,21 @@ def transfer_failure(
 
 
 def gate_gradient(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> list[Finding]:
-    """The loss has a gradient by the gate logits of each expert; else attacks don't see the gate. 1 pass with a
-    backward pass from the weights on."""
+    """The loss has a gradient by the gate logits of each expert, where only the top_k best are mixed of each that is
+    among them for some image; else attacks don't see the gate. 1 pass with a backward pass from the weights on."""
     with torch.no_grad():
         seen = look_inside(target.model, images)
     leaf = seen.gate_logits.detach().requires_grad_()
     slope = slope_of(lambda: task_loss(seen, target.model.route(leaf), labels, threat).sum(), leaf)
     if not torch.isfinite(slope).all():
         return [Finding("gate gradient", target.name, None, "", "flag", "the gate's gradient is not finite")]
-    reached = slope.abs().amax(dim=(1, 3, 4, 5)) >= VANISHING  # [S, E]
+    best = getattr(target.model, "top_k", 1) if target.kind == "soft" else 1
+    wanted = torch.ones_like(slope, dtype=torch.bool)
+    if best > 1:  # by rank: a weight may be 0 by saturation, too
+        wanted = torch.zeros_like(wanted).scatter(2, leaf.topk(best, dim=2).indices, True)
+    reached = (slope.abs() >= VANISHING).amax(dim=(1, 3, 4, 5))[
+        wanted.amax(dim=(1, 3, 4, 5))
+    ]  # of sites and experts
     text = f"the loss has a gradient by the gate logits of {int(reached.sum())} of {reached.numel()} experts"
     if reached.all():
         return [Finding("gate gradient", target.name, None, "", "ok", text)]

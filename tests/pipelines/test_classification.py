@@ -11,7 +11,7 @@ from engine.config import ConfigError, UserError, from_dict
 from engine.pathways import RouterPhase
 from networks.cnn_moe.model import CNN
 from networks.cnn_moe.sparse import SparseCNN
-from pipelines.classification import attacked_part, build, clusters_of, phases_of, train
+from pipelines.classification import attacked_part, build, clusters_of, norm_maps, phases_of, train
 from pipelines.classifier_validation import validated
 from pipelines.cli import Options, main
 from pipelines.export import export
@@ -149,6 +149,64 @@ def test_balance_needs_a_router(tmp_path):
                router={"balance": 0.1})  # fmt: skip
 
 
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ({"arch": "vgg16"}, "vgg16 with stem: cifar and enlarge: 1; network.enlarge: 2 is enough"),
+        (
+            {"arch": "vgg16_bn", "stem": "imagenet", "enlarge": 2},
+            "vgg16_bn with stem: imagenet and enlarge: 2; network.enlarge: 4 is enough",
+        ),
+        (
+            {"arch": "densenet", "stem": "imagenet", "num_experts": 2},
+            "densenet with stem: imagenet and enlarge: 1; network.enlarge: 2 is enough",
+        ),
+    ],
+)
+def test_images_that_are_too_small_for_a_network_are_refused(tmp_path, network, told, dry):
+    kind = "cnn_moe" if "num_experts" in network else "cnn"
+    one = config(tmp_path, {"name": kind, "ratio": 0.03, **network}, method="trades")
+    with pytest.raises(UserError) as error:
+        train(one, Options(device="cpu", dry_run=dry))
+    assert str(error.value) == f"network.arch: images of 8 x 8 are too small for {told}"
+    assert not (tmp_path / "run").exists()
+    fits = {"name": kind, "ratio": 0.03, **network, "enlarge": int(told.split()[-3])}
+    train(config(tmp_path, fits, method="trades"), Options(device="cpu", dry_run=True))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("network", [ROUTED, {**PLAIN, "stem": "imagenet"}, {**SPARSE, "arch": "resnet18"}])
+def test_one_image_a_batch_is_refused_where_batchnorm_would_see_one_value(tmp_path, network, dry):
+    one = config(tmp_path, network, method="trades", batch_size=1)
+    with pytest.raises(
+        UserError, match=r"^train.batch_size: 1 is wrong for images of 8 x 8: .*; take 2 or more$"
+    ):
+        train(one, Options(device="cpu", dry_run=dry))
+    assert not (tmp_path / "run").exists()
+    for keys in ({"batch_size": 2}, {"network": {**network, "enlarge": 8}, "batch_size": 1}):
+        fits = config(tmp_path, **{"network": network, "method": "trades", **keys})
+        train(fits, Options(device="cpu", dry_run=True))
+
+
+def test_looking_at_the_maps_leaves_a_network_as_it_is():
+    torch.manual_seed(0)
+    model = CNN(10, arch="resnet18", ratio=0.03).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert min(norm_maps(model, (1, 16, 16))) == 4 and model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(one._forward_pre_hooks for one in model.modules())
+
+
+def test_robust_top1_is_no_monitor_where_nothing_attacks_the_validation(tmp_path):
+    with pytest.raises(
+        ConfigError, match="train.monitor: robust_top1 is unknown as nothing attacks .*val_eps"
+    ):
+        config(tmp_path, PLAIN, method="standard", eps=None, monitor="robust_top1")
+    config(tmp_path, PLAIN, method="standard", eps=None, val_eps=0.1, monitor="robust_top1")
+    config(tmp_path, PLAIN, method="trades", monitor="robust_top1")
+
+
 def test_a_router_that_was_trained_is_not_balanced_anew(tmp_path):
     folder, _, _, _ = run(tmp_path, name="first", method="at_moe")
     still = {"method": "at_moe", "start_from": str(folder), "optimizer": {"name": "sgd", "lr": 1e-12}}
@@ -192,7 +250,10 @@ def test_training_goes_on_from_an_exported_pathway(tmp_path):
     assert result.steps == 3 and 0 < float(rows[0]["loss"]) < 100 and len(told) == 1
     about = load_metadata(folder / "checkpoints" / "best.safetensors")["start_from"]
     source = load_metadata(tmp_path / "out" / "best.safetensors")
-    assert about == {"path": str(tmp_path / "out"), "sha256": source["tensors_sha256"]}
+    saw = [{"data": source["exported_from"]["config"]["data"], "manifest": images.manifest("train")}]
+    assert about == {
+        "path": str(tmp_path / "out"), "sha256": source["tensors_sha256"], "trainings": saw,
+    }  # fmt: skip
     assert "which is new" not in (folder / "log.txt").read_text()
 
 
