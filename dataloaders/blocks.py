@@ -1,6 +1,7 @@
-"""Splits of recordings by blocks of neighbouring frames, with a guard gap between the splits."""
+"""Splits of recordings by blocks of neighbouring frames, with a guard gap between splits and between blocks of test."""
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -28,9 +29,9 @@ def split_by_blocks(
     A block (frame.block) goes to one split as a whole. Blocks in `train_only` go to train; the others of each
     subset are dealt in the order of a hash of (seed, block), so that every split gets its share of their
     frames. Two frames of one sequence in different splits are more than `guard` frame numbers apart: where
-    they are not, the frame of the split that stands earlier in train, gate, val, test is left out, so test
-    keeps all its frames. Of 200 dealings that leave frames of every subset in every split, the one is taken
-    that loses the fewest.
+    they are not, the frame of the split that stands earlier in train, gate, val, test is left out. So are two
+    frames in different blocks of test, which intervals take for independent: there the later frame is left
+    out. Of 200 dealings that leave frames of every subset in every split, the one is taken that loses the fewest.
 
     sequences, numbers: recording and frame number of each frame. shares: of the frames, for gate, val and test.
     Raises UserError where no dealing does, for too few blocks or too wide a gap."""
@@ -54,7 +55,8 @@ def split_by_blocks(
         for members in dealt.values():
             splits |= deal(members, sizes, f"{seed}/{dealing}", shares)
         ranks = np.array([SPLITS.index(splits[block]) for block in blocks])[block_of]
-        kept = ~too_near(ranks, np.array(numbers), recordings, guard)
+        near = too_near(ranks, np.array(numbers), recordings, guard)
+        kept = ~(near | touching(ranks, np.array(numbers), block_of, recordings, guard))
         filled = len({*zip(subset_of[kept], ranks[kept], strict=True)}) == len(subset_names) * len(SPLITS)
         if filled and (best is None or kept.sum() > best[1].sum()):
             best = ranks, kept
@@ -97,4 +99,21 @@ def too_near(
             first = np.searchsorted(later, numbers[earlier] - guard)
             last = np.searchsorted(later, numbers[earlier] + guard, side="right")
             near[earlier] |= last > first
+    return near
+
+
+def touching(
+    ranks: np.ndarray, numbers: np.ndarray, blocks: np.ndarray, recordings: Sequence[np.ndarray], guard: int
+) -> np.ndarray:
+    """bool [N]: frames of test at most `guard` numbers after one, itself not such, of another block of test."""
+    near = np.zeros(len(ranks), dtype=bool)
+    for members in recordings:
+        test = members[ranks[members] == SPLITS.index("test")]
+        # block and number of the last frame that stays, and of the last that stays of another block than this
+        last = before = (-1, -math.inf)
+        for frame in test[np.argsort(numbers[test], kind="stable")]:
+            other = before if blocks[frame] == last[0] else last
+            near[frame] = numbers[frame] - other[1] <= guard
+            if not near[frame]:
+                last, before = (blocks[frame], numbers[frame]), other
     return near

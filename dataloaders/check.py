@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataloaders.check_images import check_images
-from dataloaders.command import table
+from dataloaders.command import listed, many, table
 from dataloaders.frames import SPLITS, Frame, FrameIndex
 from engine.command import run
 from engine.config import Data, ImageData, Pipeline, UserError, load
@@ -143,14 +143,6 @@ def shares(index: FrameIndex, histogram: dict[tuple[str, str], np.ndarray]) -> s
     ignored = (100 * histogram[place][-1] / max(histogram[place].sum(), 1) for place in places)
     rows.append(["(ignored, of all)", *(f"{share:.2f}" for share in ignored)])
     return table(["% of pixels", *("/".join(place) for place in places)], rows)
-
-
-def many(things: Sequence, noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
-
-
-def listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def data_of(path: str, overrides: Sequence[str]) -> list[Data | ImageData]:

@@ -11,14 +11,21 @@ from dataloaders.image_set import ImageSet, ImageSplit
 
 CHUNK = 4096  # images that are read together
 MOST_CLASSES = 20  # that are listed one by one
+OFFICIAL = {  # (name, number of classes) -> images of train (val is a part of it) and of test
+    ("mnist", 10): (60_000, 10_000),
+    ("cifar10", 10): (50_000, 10_000),
+    ("cifar100", 100): (50_000, 10_000),
+    ("tiny_imagenet", 200): (100_000, 10_000),
+    ("imagenet", 1000): (1_281_167, 50_000),
+}
 
 
 def check_images(images: ImageSet) -> tuple[str, int]:
     """(a report for people, number of problems). Problems: an image that is in test and in train or val as well, a
-    class without an image in a split, labels outside of the classes. Images twice in a split, of one value only, or
-    with two labels are warnings."""
+    class without an image in a split, labels outside of the classes, other numbers of images than the official ones.
+    Images twice in a split, of one value only, or with two labels are warnings."""
     found = {name: digests(split) for name, split in images.splits.items()}
-    problems, warnings = [], []
+    problems, warnings = other_counts(images), []
     for name, split in images.splits.items():
         own = found[name]
         wrong = int(((split.labels < 0) | (split.labels >= images.num_classes)).sum())
@@ -44,6 +51,20 @@ def check_images(images: ImageSet) -> tuple[str, int]:
     lines += [f"warning: {text}" for text in warnings] + [f"problem: {text}" for text in problems]
     total = sum(map(len, images.splits.values()))
     return "\n".join([*lines, f"{total} images, {len(problems)} problems"]), len(problems)
+
+
+def other_counts(images: ImageSet) -> list[str]:
+    """A line for each split that has another number of images than the official data set of this name."""
+    official = OFFICIAL.get((images.name, images.num_classes))
+    if official is None:
+        return []
+    sizes = {name: len(split) for name, split in images.splits.items()}
+    own = {"train": sizes["train"] + sizes.get("val", 0), "test": sizes["test"]}
+    return [
+        f"{name}: {count} images{' with val' if name == 'train' else ''}, the official {images.name} has {expected}"
+        for (name, count), expected in zip(own.items(), official, strict=True)
+        if count != expected
+    ]
 
 
 def digests(split: ImageSplit) -> list[str]:

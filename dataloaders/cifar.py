@@ -14,12 +14,12 @@ EDGE, CHANNELS = 32, 3
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
-BINARY = {  # classes -> (folder, files of train, files of test, label bytes before an image, file of the names)
+BINARY = {  # classes -> (folder, images in the files of train, of test, label bytes before an image, file of the names)
     10: (
-        "cifar-10-batches-bin", tuple(f"data_batch_{place}.bin" for place in range(1, 6)), ("test_batch.bin",), 1,
-        "batches.meta.txt",
+        "cifar-10-batches-bin", {f"data_batch_{place}.bin": 10_000 for place in range(1, 6)},
+        {"test_batch.bin": 10_000}, 1, "batches.meta.txt",
     ),
-    100: ("cifar-100-binary", ("train.bin",), ("test.bin",), 2, "fine_label_names.txt"),
+    100: ("cifar-100-binary", {"train.bin": 50_000}, {"test.bin": 10_000}, 2, "fine_label_names.txt"),
 }  # fmt: skip
 
 
@@ -39,16 +39,19 @@ def cifar(
     val_images: taken out of train, the same number of each class, by a hash of val_seed and the image's name.
     val_seed: of the choice of these.
 
-    UserError for missing, short or damaged files."""
+    UserError for missing, short or damaged files. A small set in the binary layout, with no file of official length
+    and equal train batches, is read; python -m dataloaders.check tells that it is not the official one."""
     base = Path(root)
     if not base.is_dir():
         raise UserError(f"cifar: there is no folder {base} (data.root)")
     folder, train, test, label_bytes, names = BINARY[classes]
     for place in (base / folder, base):
-        if (place / test[0]).exists():
+        if any((place / name).exists() for name in (*train, *test)):
+            parts = {name: read_rows(place / name, label_bytes, classes) for name in (*train, *test)}
+            refuse_short(place, {name: len(part) for name, part in parts.items()}, train, test)
             splits = {
-                "train": read_binary([place / name for name in train], label_bytes, classes),
-                "test": read_binary([place / name for name in test], label_bytes, classes),
+                split: binary_split({name: parts[name] for name in files}, label_bytes)
+                for split, files in (("train", train), ("test", test))
             }
             found = ImageSet(f"cifar{classes}", class_names(place / names, classes), splits)
             return with_val(found, val_images, val_seed)
@@ -71,33 +74,41 @@ def cifar(
     return with_val(ImageSet(name, labels, splits), val_images, val_seed)
 
 
-def read_binary(paths: list[Path], label_bytes: int, classes: int) -> ImageSplit:
-    """Rows of label bytes (the last one counts) and 3072 bytes of an image, planes R, G, B."""
+def read_rows(path: Path, label_bytes: int, classes: int) -> np.ndarray:
+    """uint8 [N, label bytes + 3072]: the labels (the last one counts), then an image, planes R, G, B."""
     row = label_bytes + CHANNELS * EDGE**2
-    parts = []
-    for path in paths:
-        try:
-            content = np.fromfile(path, np.uint8)
-        except OSError as error:
-            raise UserError(f"{path}: can't be read: {error.strerror}") from error
-        if not len(content) or len(content) % row:
-            raise UserError(
-                f"{path}: {len(content)} bytes are no whole number of rows of {row}; download it again"
-            )
-        parts.append(content.reshape(-1, row))
-    rows = np.concatenate(parts)
-    labels = rows[:, label_bytes - 1].astype(np.int64)
-    if labels.max() >= classes:
+    try:
+        content = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: can't be read: {error.strerror}") from error
+    if not len(content) or len(content) % row:
         raise UserError(
-            f"{paths[0]}: label {labels.max()}, allowed: 0 to {classes - 1}; is this another CIFAR?"
+            f"{path}: {len(content)} bytes are no whole number of rows of {row}; download it again"
         )
+    rows = content.reshape(-1, row)
+    highest = rows[:, label_bytes - 1].max()
+    if highest >= classes:
+        raise UserError(f"{path}: label {highest}, allowed: 0 to {classes - 1}; is this another CIFAR?")
+    return rows
+
+
+def refuse_short(place: Path, rows: dict[str, int], train: dict[str, int], test: dict[str, int]) -> None:
+    """UserError for a file without its official number of rows where another has its own, and for unequal train batches
+    where none has."""
+    expected = {**train, **test}
+    if not any(rows[name] == count for name, count in expected.items()):
+        expected = {name: max(rows[one] for one in train) for name in train}
+    for name, count in expected.items():
+        if rows[name] != count:
+            raise UserError(f"{place / name}: {rows[name]} images, expected {count}; download it again")
+
+
+def binary_split(parts: dict[str, np.ndarray], label_bytes: int) -> ImageSplit:
+    """Rows of files by the files' names, one after the other."""
+    rows = np.concatenate(list(parts.values()))
     images = rows[:, label_bytes:].reshape(-1, CHANNELS, EDGE, EDGE)
-    names = [
-        f"{path.stem}/{place:05d}"
-        for path, part in zip(paths, parts, strict=True)
-        for place in range(len(part))
-    ]
-    return ImageSplit(images, labels, names)
+    names = [f"{Path(name).stem}/{place:05d}" for name, part in parts.items() for place in range(len(part))]
+    return ImageSplit(images, rows[:, label_bytes - 1].astype(np.int64), names)
 
 
 def class_names(path: Path, classes: int) -> tuple[str, ...]:

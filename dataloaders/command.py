@@ -1,4 +1,4 @@
-"""What the commands of this folder (python -m dataloaders.NAME) have in common."""
+"""What the commands and messages of this folder (python -m dataloaders.NAME) have in common."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,3 +12,13 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         aligned = [value.rjust(width) for value, width in zip(values, others, strict=True)]
         lines.append("  ".join([name.ljust(first), *aligned]))
     return "\n".join(lines)
+
+
+def many(things: Sequence, noun: str) -> str:
+    """Their number and the noun: 1 file, 2 files."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -52,8 +52,8 @@ def folder(
     block_column: column of the block; without it a block is 10 consecutive rows of a sequence.
     train_only: "COLUMN=VALUE", for split_by: blocks: in each sequence the blocks with such rows are one unit
         that goes to train. Meant for clips of nearly identical frames.
-    guard: for split_by: blocks: frames of different splits are more than this many frame numbers apart; the
-        number of a frame is what its name ends in.
+    guard: for split_by: blocks: frames of different splits, and of different blocks of test, are more than this
+        many frame numbers apart; the number of a frame is what its name ends in.
     split_seed: for split_by: blocks: changes how the blocks are dealt.
     split_shares: for split_by: blocks: the shares of gate, val and test, {gate: 0.15, val: 0.15, test: 0.2} where
         they are not given; train has the rest.

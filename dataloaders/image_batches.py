@@ -31,10 +31,16 @@ class ImageBatch:
     pad: int = 0
 
 
+def steps_of(images: int, batch_size: int) -> int:
+    """Batches of an epoch of training. A last batch of one image is left out: BatchNorm can't take it."""
+    whole, rest = divmod(images, batch_size)
+    return whole + (rest > 1)
+
+
 @dataclass(frozen=True)
 class TrainBatches:
     """All images once an epoch, in an order and with crops and flips that follow from (seed, epoch, image): batch size
-    and interruptions change none of them. A last batch of one image is left out: BatchNorm can't take it."""
+    and interruptions change none of them."""
 
     split: ImageSplit
     batch_size: int
@@ -43,8 +49,7 @@ class TrainBatches:
     flip: bool = True
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.split), self.batch_size)
-        return whole + (rest > 1)
+        return steps_of(len(self.split), self.batch_size)
 
     def epoch(self, number: int, start: int = 0) -> Iterator[ImageBatch]:
         """Batches of epoch `number` from batch `start` on."""

@@ -9,7 +9,9 @@ import shutil
 import tarfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import cv2
 import numpy as np
 
 from dataloaders.cache_parts import fingerprint, npy_header, say
+from dataloaders.command import listed, many
 from dataloaders.image_set import ImageSplit
 from engine.config import UserError
 from engine.disk import locked, progress, write_at
@@ -74,10 +77,13 @@ class Archive:
         self.lead = path.name.split(".")[0] + "/"
 
     def names(self) -> list[str]:
+        """Of all image files, sorted. UserError for one that is there twice."""
         with self.opened() as archive:
-            return sorted(
+            found = sorted(
                 self.inner(one.name) for one in archive if one.isfile() and one.name.lower().endswith(ENDINGS)
             )
+        refuse_doubles(found, self.path)
+        return found
 
     def facts(self, names: Sequence[str]) -> Iterator[tuple]:
         yield fingerprint(self.path)
@@ -93,10 +99,13 @@ class Archive:
     def inner(self, name: str) -> str:
         return name.removeprefix("./").removeprefix(self.lead)
 
-    def opened(self):
+    @contextmanager
+    def opened(self) -> Iterator[tarfile.TarFile]:
+        """UserError for one that is cut off or damaged, wherever the reading comes to it."""
         try:
-            return tarfile.open(self.path)
-        except (OSError, tarfile.TarError) as error:
+            with tarfile.open(self.path) as archive:
+                yield archive
+        except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
             raise UserError(f"{self.path}: can't be read ({error})") from error
 
 
@@ -130,13 +139,37 @@ def by_class(source: Folder | Archive, classes: Sequence[str], what: str) -> lis
     return found
 
 
+def of_list(files: Sequence[Labelled], names: Sequence[str], path: Path) -> list[Labelled]:
+    """The files that the list `path` tells the labels of. UserError unless it has each of `names`, the image files that
+    are there, once and no other."""
+    own = [one.name for one in files]
+    refuse_doubles(own, path)
+    if missing := sorted(set(own) - set(names)):
+        raise UserError(
+            f"{path}: {many(missing, 'image')} missing, of {len(own)} in this list: {listed(missing)}"
+        )
+    if others := sorted(set(names) - set(own)):
+        raise UserError(
+            f"{path}: {many(others, 'image')} not in this list, of {len(names)} that are there: {listed(others)}"
+        )
+    return list(files)
+
+
+def refuse_doubles(names: Sequence[str], path: Path) -> None:
+    """UserError for names that come more than once in `path`."""
+    if doubles := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(
+            f"{path}: {many(doubles, 'image')} more than once, expected once each: {listed(doubles)}"
+        )
+
+
 def decoded(
     source: Folder | Archive, files: Sequence[Labelled], size: int, cache_dir: str | Path, title: str
 ) -> ImageSplit:
     """The files as RGB images of size x size, decoded once into a memory map below cache_dir/images: the shorter edge
     is resized to `size` where it differs, then the middle is taken. Found again by a hash of names, sizes and times.
 
-    UserError for a file that is no image, naming it, and for a folder that can't be written."""
+    UserError for a file that is missing or no image, naming it, and for a folder that can't be written."""
     names = [one.name for one in files]
     digest = hashlib.sha256(repr((VERSION, cv2.__version__, size)).encode())
     for fact in source.facts(names):
@@ -180,13 +213,13 @@ def damage_of(folder: Path, shape: tuple[int, ...]) -> str:
 
 
 def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder: Path, title: str) -> None:
-    """Into a temporary folder that is renamed at the end."""
+    """Into a temporary folder that is renamed at the end, when each image is in it."""
     building = folder.with_suffix(".building")
     for old in (building, folder):
         shutil.rmtree(old, ignore_errors=True)
     building.mkdir()
     began, shape = time.monotonic(), (len(names), 3, size, size)
-    rows, sums = {name: row for row, name in enumerate(names)}, [0] * len(names)
+    rows, sums = {name: row for row, name in enumerate(names)}, [None] * len(names)
     try:
         with open(building / "images.npy", "wb", buffering=0) as file:
             file.write(npy_header(shape))
@@ -194,6 +227,8 @@ def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder
                 image = np.ascontiguousarray(decode(content, size, f"{title}: {name}"))
                 sums[rows[name]] = zlib.crc32(image)
                 write_at(file.fileno(), image, len(npy_header(shape)) + rows[name] * image.nbytes)
+        if missing := [name for name, crc32 in zip(names, sums, strict=True) if crc32 is None]:
+            raise UserError(f"{title}: {many(missing, 'image')} missing, of {len(names)}: {listed(missing)}")
         (building / "meta.json").write_text(json.dumps({"crc32": sums}))
         building.rename(folder)
     except BaseException:

@@ -85,10 +85,16 @@ class ImageSet:
 
 def with_val(found: ImageSet, count: int, seed: int) -> ImageSet:
     """`count` images of train become val, the same share of every class, chosen by a hash of (seed, name): test is not
-    looked at before the end. UserError where train is too small."""
+    looked at before the end. UserError for a count that train can't give, or for a train that has less than two
+    images of a class."""
     train = found.split("train")
     per_class = count // found.num_classes
     sizes = np.bincount(train.labels, minlength=found.num_classes)
+    if sizes.min() < 2:
+        raise UserError(
+            f"{found.name}: train has {sizes.min()} of class {found.classes[sizes.argmin()]}, expected 2 images or "
+            "more: val (data.val_images) takes some of each class"
+        )
     if per_class < 1 or per_class >= sizes.min():
         raise UserError(
             f"data.val_images: {count} is wrong for {found.name}; expected {found.num_classes} (one per class) to "

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.image_files import Labelled, by_class, classes_of, decoded, source_of
+from dataloaders.image_files import Labelled, by_class, classes_of, decoded, of_list, source_of
 from dataloaders.image_lmdb import Packed, pack
 from dataloaders.image_set import ImageSet, with_val
 from engine.command import run
@@ -32,7 +32,7 @@ def imagenet(
     val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
     val_seed: of the choice of these.
 
-    UserError for missing or damaged files."""
+    UserError for missing or damaged files, and for a val/ with other images than LOC_val_solution.csv."""
     base = Path(root)
     sources, files, classes = find(base)
     splits = {
@@ -59,18 +59,20 @@ def find(base: Path) -> tuple[dict, dict[str, list[Labelled]], tuple[str, ...]]:
         )
     classes = classes_of(train)
     solution = next((one for one in (base / SOLUTION, data / SOLUTION) if one.exists()), None)
-    flat = not any("/" in name for name in held_out.names())
+    names = held_out.names()
+    flat = not any("/" in name for name in names)
     if flat and solution is None:
         raise UserError(
             f"imagenet: {data / 'val'} has no class folders, and there is no {SOLUTION} in {base}"
         )
-    test = solved(solution, classes) if flat else by_class(held_out, classes, "imagenet val")
+    test = solved(solution, classes, names) if flat else by_class(held_out, classes, "imagenet val")
     files = {"train": by_class(train, classes, "imagenet train"), "test": test}
     return {"train": train, "test": held_out}, files, classes
 
 
-def solved(path: Path, classes: Sequence[str]) -> list[Labelled]:
-    """Lines ImageId,PredictionString: the first word of the latter is the class."""
+def solved(path: Path, classes: Sequence[str], names: Sequence[str]) -> list[Labelled]:
+    """Lines ImageId,PredictionString: the first word of the latter is the class. UserError unless they are of `names`,
+    the images that are there."""
     places, found = {wnid: place for place, wnid in enumerate(classes)}, []
     with open(path, newline="", encoding="utf-8") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
@@ -78,7 +80,7 @@ def solved(path: Path, classes: Sequence[str]) -> list[Labelled]:
             if not words or words[0] not in places:
                 raise UserError(f"{path}:{number}: {words[:1]} is no class of train/")
             found.append(Labelled(f"{row['ImageId']}.JPEG", places[words[0]]))
-    return sorted(found, key=lambda one: one.name)
+    return of_list(sorted(found, key=lambda one: one.name), names, path)
 
 
 def main(arguments: Sequence[str]) -> int:

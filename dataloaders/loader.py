@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from dataloaders.cache import FrameCache, open_cache
 from dataloaders.cache_parts import say
 from dataloaders.frames import Frame, FrameIndex
+from dataloaders.image_batches import steps_of
 from dataloaders.transforms import ORDER, augmentation, augmented, was_flipped
 from engine.config import UserError
 
@@ -100,7 +101,7 @@ class TrainOrder:
         self.start = 0
 
     def __len__(self) -> int:
-        return self.length // self.batch_size
+        return steps_of(self.length, self.batch_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch
@@ -111,7 +112,7 @@ class TrainOrder:
 
 
 class TrainBatches:
-    """Shuffled, augmented batches. `len` is the steps of an epoch; the last incomplete batch is dropped."""
+    """Shuffled, augmented batches. `len` is the steps of an epoch; a last batch of one frame is dropped."""
 
     def __init__(self, source: Batches, batch_size: int, workers: int):
         self.cache = source.cache

@@ -1,5 +1,6 @@
 """MNIST in its IDX files (LeCun et al. 1998), gzipped or not."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from dataloaders.image_set import ImageSet, ImageSplit, with_val
 from engine.config import PositiveInt, Probability, UserError
 
 FILES = {"train": "train", "test": "t10k"}
+CLASSES = tuple("0123456789")
 
 
 def mnist(
@@ -26,7 +28,7 @@ def mnist(
     val_seed: of the choice of these.
     test_share: where root has no train files: this share of t10k, its last images, stays test; the others are train.
 
-    Images are [1, 28, 28]. UserError for missing or damaged files."""
+    Images are [1, 28, 28]. UserError for missing or damaged files, and for labels of other classes."""
     base = Path(root)
     found = {
         split: read_split(base, name)
@@ -39,9 +41,14 @@ def mnist(
     if "train" not in found:
         whole = found["test"]
         cut = len(whole) - round(test_share * len(whole))
+        if cut in (0, len(whole)):
+            raise UserError(
+                f"data.test_share: {test_share} leaves no image for {'test' if cut else 'train'}; expected more than 0 "
+                "and less than 1"
+            )
         found = {"train": whole.take(np.arange(cut)), "test": whole.take(np.arange(cut, len(whole)))}
     splits = {split: found[split] for split in FILES}
-    return with_val(ImageSet(name, tuple("0123456789"), splits), val_images, val_seed)
+    return with_val(ImageSet(name, CLASSES, splits), val_images, val_seed)
 
 
 def path_of(base: Path, name: str) -> Path | None:
@@ -49,24 +56,31 @@ def path_of(base: Path, name: str) -> Path | None:
 
 
 def read_split(base: Path, name: str) -> ImageSplit:
-    images, labels = (read_idx(base, f"{name}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
-    if len(images) != len(labels):
+    """UserError for labels that are none of the ten classes, and for more images than labels or less."""
+    images = read_idx(base, f"{name}-images-idx3-ubyte", 3)
+    labels = read_idx(base, f"{name}-labels-idx1-ubyte", 1)
+    if len(images) != len(labels) or not len(labels):
         raise UserError(f"mnist: {len(images)} images and {len(labels)} labels of {name} in {base}")
+    if labels.max() >= len(CLASSES):
+        path = path_of(base, f"{name}-labels-idx1-ubyte")
+        raise UserError(f"{path}: label {labels.max()}, allowed: 0 to {len(CLASSES) - 1}; is this EMNIST?")
     names = [f"{name}_{place:05d}" for place in range(len(images))]
     return ImageSplit(images[:, None], labels.astype(np.int64), names)
 
 
-def read_idx(base: Path, name: str) -> np.ndarray:
-    """uint8 array: two zero bytes, type 8, number of dimensions, their sizes as big-endian int32, then the values."""
+def read_idx(base: Path, name: str, rank: int) -> np.ndarray:
+    """uint8 array of `rank` dimensions: two zero bytes, type 8, rank, sizes as big-endian int32, then the values."""
     path = path_of(base, name)
     if path is None:
         raise UserError(f"mnist: no {name}(.gz) in {base} (data.root)")
     content = read_gzip(path)
-    if len(content) < 8 or content[:3] != b"\0\0\x08":
-        raise UserError(f"{path}: is no IDX file of bytes")
-    rank = content[3]
-    shape = tuple(int(size) for size in np.frombuffer(content, ">i4", rank, 4))
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
-    if len(values) != np.prod(shape):
+    head = 4 + 4 * rank
+    if content[:4] != bytes([0, 0, 8, rank]):
+        raise UserError(f"{path}: is no IDX file of bytes in {rank} dimensions")
+    if len(content) < head:
+        raise UserError(f"{path}: {len(content)} bytes, its header alone has {head}; download it again")
+    shape = tuple(int(size) for size in np.frombuffer(content, ">u4", rank, 4))
+    values = np.frombuffer(content, np.uint8, offset=head)
+    if len(values) != math.prod(shape):
         raise UserError(f"{path}: {len(values)} values, its header says {shape}; download it again")
     return values.reshape(shape)

@@ -1,8 +1,9 @@
 """TinyImageNet (Stanford CS231N): 200 classes of 64x64, read in place from its own layout."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from dataloaders.image_files import Labelled, by_class, classes_of, decoded, source_of
+from dataloaders.image_files import Labelled, by_class, classes_of, decoded, of_list, source_of
 from dataloaders.image_set import ImageSet, with_val
 from engine.config import PositiveInt, UserError
 
@@ -19,7 +20,7 @@ def tiny_imagenet(
     val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
     val_seed: of the choice of these.
 
-    UserError for missing or damaged files."""
+    UserError for missing or damaged files, and for a val/ with other images than val_annotations.txt."""
     base = Path(root)
     train, held_out = source_of(base, "train"), source_of(base, "val")
     if train is None or held_out is None:
@@ -30,7 +31,7 @@ def tiny_imagenet(
     files = {"train": by_class(train, wnids, "tiny_imagenet train")}
     annotations = base / "val" / "val_annotations.txt"
     if annotations.exists():
-        files["test"] = annotated(annotations, wnids)
+        files["test"] = annotated(annotations, wnids, held_out.names())
     else:
         files["test"] = by_class(held_out, wnids, "tiny_imagenet val")
     sources = {"train": train, "test": held_out}
@@ -48,8 +49,8 @@ def class_ids(base: Path, train) -> tuple[str, ...]:
     return classes_of(train)
 
 
-def annotated(path: Path, wnids: tuple[str, ...]) -> list[Labelled]:
-    """Lines of FILE <tab> WNID <tab> box."""
+def annotated(path: Path, wnids: tuple[str, ...], names: Sequence[str]) -> list[Labelled]:
+    """Lines of FILE <tab> WNID <tab> box. UserError unless they are of `names`, the images that are there."""
     places, found = {wnid: place for place, wnid in enumerate(wnids)}, []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         name, _, rest = line.partition("\t")
@@ -57,4 +58,4 @@ def annotated(path: Path, wnids: tuple[str, ...]) -> list[Labelled]:
         if wnid not in places:
             raise UserError(f"{path}:{number}: {wnid!r} is no class of wnids.txt")
         found.append(Labelled(f"images/{name}", places[wnid]))
-    return found
+    return of_list(found, names, path)

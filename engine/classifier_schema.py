@@ -85,7 +85,9 @@ class ClassifierTrain(BasicTrain):
         "kept",
         description="last layer under start_from: kept, or fresh, which other classes than those of that run need",
     )
-    val_images: PositiveInt = Field(1000, description="validation images that are attacked, at most")
+    val_images: PositiveInt = Field(
+        1000, description="validation images, at most: clean top-1, loads and attacks are all on these"
+    )
     val_steps: PositiveInt = Field(10, description="gradient steps of the validation attack, at eps")
     val_eps: Positive | None = Field(None, description="largest change in validation; null: eps")
     monitor: Literal["robust_top1", "top1"] = Field(
@@ -113,6 +115,9 @@ class ClassifierTrain(BasicTrain):
             mistakes += [
                 Mistake(("router", key), f"has no effect with method: {method}") for key in idle_keys(data)
             ]
+        if method == "standard" and data.get("monitor") == "robust_top1" and not data.get("val_eps"):
+            told = "robust_top1 is unknown as nothing attacks the validation; set val_eps, such as 8/255, or take top1"
+            mistakes.append(Mistake(("monitor",), told))
         if data.get("start_head") == "fresh" and data.get("start_from") is None:
             mistakes.append(Mistake(("start_head",), "has no effect without start_from"))
         return mistakes
@@ -160,7 +165,7 @@ class ClassifierEvaluate(Section):
     pathways: Bool = Field(
         True,
         description="attack every pathway of a mixture as a network by itself, too: rows of their own, and AutoAttack "
-        "on each",
+        "on each; not of one that weighs several for an image (top_k)",
     )
     autoattack: NonNegativeInt = Field(
         0,

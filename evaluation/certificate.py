@@ -20,6 +20,7 @@ from engine.config import IGNORE
 from evaluation.floor import is_close, parts_of, some_weights
 from evaluation.plan import Scene, Setup
 from evaluation.targets import ROUTED, Target, under_attack
+from networks.external import External, ExternalClassifier
 from networks.moe import Frozen
 from networks.normalize import Normalize
 
@@ -119,6 +120,8 @@ def certify(
                 lead = layer(lead)
         else:
             lead = low[:, [label]] - high
+        if lead.shape[2:] != labels.shape[1:]:  # as External enlarges logits, with weights of at least 0
+            lead = F.interpolate(lead, size=labels.shape[1:], mode="bilinear", align_corners=False)
         lead[:, label] = torch.inf
         right |= (labels == label) & (lead.amin(dim=1) > 0)
     return Certificate(right)
@@ -149,7 +152,10 @@ def certify_mixture(
 
 
 def chain(network: nn.Module) -> list[nn.Module]:
-    """The layers of nested nn.Sequential, and of a frozen expert, in order; else the network as its own layer."""
+    """The layers of nested nn.Sequential, of a frozen expert and of an external network that pads nothing, in order;
+    else the network as its own layer."""
+    if type(network) in (External, ExternalClassifier) and network.stride == 1 and is_plain(network):
+        return [network.normalize] * network.changes_images + chain(network.network)
     if getattr(type(network), "forward", None) is nn.Sequential.forward and is_plain(network):
         return [layer for child in network for layer in chain(child)]
     return chain(network.network) if type(network) is Frozen and is_plain(network) else [network]

@@ -13,6 +13,7 @@ from evaluation.beside import read_beside
 from evaluation.classifiers import (
     ANSWERS,
     Answers,
+    Right,
     accuracies,
     balance,
     labels_by_expert,
@@ -112,7 +113,7 @@ def clean_rows(clean: Clean, about: Mapping[str, About]) -> list[dict]:
             value, low, high, images = share(counted, right)
             figure = {"metric": metric, "value": value, "ci_low": low, "ci_high": high}
             rows.append({**base, **figure, "units": images, "n_images": images})
-        if own.alone is not None:
+        if own.routed:
             many = {"units": len(clean.labels), "n_images": len(clean.labels)}
             for expert, load in enumerate(loads(own)):
                 rows.append({**base, **many, "metric": f"load_{expert}", "value": float(load)})
@@ -151,9 +152,10 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
         ])  # fmt: skip
     cells.append([FLOOR, "-", "-", percent(floor_of(clean)), *["-"] * 5])
     lines += markdown_table(titles, cells, left=3)
-    routed = {model: own for model, own in clean.answers.items() if own.alone is not None}
-    if routed:
-        lines += ["", "## Routing", "", *routing_lines(clean, routed)]
+    mixtures = {model: own for model, own in clean.answers.items() if own.routed}
+    routed = {model: own for model, own in mixtures.items() if own.alone is not None}
+    if mixtures:
+        lines += ["", "## Routing", "", *routing_lines(clean, mixtures)]
     if routed and len(clean.classes) > MOST_LABELS:
         return "\n".join([*lines, "", "Images of each label that take each expert: routes.csv."]) + "\n"
     for model, own in routed.items():
@@ -176,7 +178,8 @@ def gmacs_of(one: About) -> str:
 
 def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
     """Loads, accuracy by route, and what other routers would have."""
-    most = max(own.alone.shape[1] for own in routed.values())
+    most = max(own.experts for own in routed.values())
+    mixed = any(own.alone is None for own in routed.values())
     titles = ["model", "effective experts"]
     for expert in range(most):
         titles += [f"{expert}: load", "top-1 of its images", "of all on it"]
@@ -186,22 +189,23 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
         figures = accuracies(own, clean.labels, len(clean.classes))
         line = [model, f"{balance(own):.2f}"]
         for expert in range(most):
-            if expert >= own.alone.shape[1]:
-                line += ["-"] * 3
-                continue
-            route, constant = (share(*figures[f"{name}_{expert}"])[0] for name in ("route", "constant"))
-            line += [percent(float(loads(own)[expert])), percent(route), percent(constant)]
-        line += [
-            percent(share(*figures[name])[0])
-            for name in ("random_route", "worst_route", "top1", "oracle_route")
-        ]
+            line.append(percent(float(loads(own)[expert])) if expert < own.experts else "-")
+            line += [top1_of(figures, f"{name}_{expert}") for name in ("route", "constant")]
+        line += [top1_of(figures, name) for name in ("random_route", "worst_route", "top1", "oracle_route")]
         cells.append(line)
     return [
         "load: share of images and sites. Oracle and worst route: images that some, or that all, of the constant "
-        "routes have right; no router that sends an image one way can be outside of these.",
+        "routes have right; no router that sends an image one way can be outside of these."
+        + " A mixture that weighs several experts for an image takes none of these routes; load is the share of the "
+        "weight there." * mixed,
         "",
         *markdown_table(titles, cells, left=1),
     ]
+
+
+def top1_of(figures: Mapping[str, Right], name: str) -> str:
+    """In percent; a dash where there is no such figure."""
+    return percent(share(*figures[name])[0]) if name in figures else "-"
 
 
 def route_rows(clean: Clean) -> list[dict]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import atomic_write
+from engine.config import UserError
 from metrics.gate import effective_experts
 
 BEST = 5  # classes that are kept of each answer
@@ -22,17 +23,29 @@ class Answers:
 
     Of a mixture as well: routes int [N, S], the expert at each site (a site for each class and place where its weights
     have them); alone int [N, E], the answer with all sites on one expert; by_chance int [N], the answer with an expert
-    drawn at random for each image and site."""
+    drawn at random for each image and site. Of one that mixes experts (routing soft), whose images take no single
+    route, in place of these shares float [N, E]: the weight of each expert, mean over the sites."""
 
     ranked: np.ndarray
     routes: np.ndarray | None = None
     alone: np.ndarray | None = None
     by_chance: np.ndarray | None = None
+    shares: np.ndarray | None = None
 
     @property
     def said(self) -> np.ndarray:
         """The answer to each image, int [N]."""
         return self.ranked[:, 0]
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is of a mixture."""
+        return self.alone is not None or self.shares is not None
+
+    @property
+    def experts(self) -> int:
+        """Of a mixture."""
+        return (self.shares if self.alone is None else self.alone).shape[1]
 
     @property
     def taken(self) -> np.ndarray:
@@ -43,21 +56,35 @@ class Answers:
 
 @torch.no_grad()
 def answers(
-    model: nn.Module, batches: Iterable[tuple[Tensor, int]], device: torch.device, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, int]],
+    device: torch.device,
+    seed: int = 0,
+    name: str = "the model",
 ) -> Answers:
     """Of a model in eval mode to batches of (images float [B, C, H, W] in [0, 1], place of the first), each image once.
 
-    seed: of the routes by chance, which follow from it and an image's place."""
-    parts: dict[str, list[np.ndarray]] = {"ranked": [], "routes": [], "alone": [], "by_chance": []}
+    seed: of the routes by chance, which follow from it and an image's place. name: of the model, for messages.
+    UserError for logits that are not finite: they are no answer, though argmax makes one of them."""
+    parts: dict[str, list[np.ndarray]] = {
+        "ranked": [],
+        "routes": [],
+        "alone": [],
+        "by_chance": [],
+        "shares": [],
+    }
     for images, place in batches:
         images = images.to(device)
-        ranked = model(images).argsort(
-            dim=1, descending=True, stable=True
-        )  # of equals the lowest class first
+        logits = model(images)
+        refuse_not_finite(logits, name, place)
+        ranked = logits.argsort(dim=1, descending=True, stable=True)  # of equals the lowest class first
         parts["ranked"].append(ranked[:, :BEST].cpu().numpy())
         if not hasattr(model, "forward_given"):
             continue
         scores = model.gate_logits(images)  # [S, B, E, K, h, w]
+        if getattr(model, "routing", "hard") == "soft":
+            parts["shares"].append(model.route(scores).mean(dim=(0, 3, 4, 5)).cpu().numpy())
+            continue
         taken = scores.argmax(dim=2, keepdim=True)
         experts, shape = scores.shape[2], taken.transpose(0, 1).shape  # [B, S, 1, K, h, w]
         sites = taken[:, 0].numel()
@@ -76,6 +103,16 @@ def answers(
     return Answers(**{name: np.concatenate(own) for name, own in parts.items() if own})
 
 
+def refuse_not_finite(logits: Tensor, name: str, place: int) -> None:
+    """UserError for logits [B, K] with NaN or inf; place: of the first image."""
+    bad = (~logits.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if bad:
+        raise UserError(
+            f"{name}: NaN or inf among its logits of clean images, first of image {place + bad[0]}: no answer, and "
+            "nothing to score; its training broke: train it again, or name another checkpoint"
+        )
+
+
 # A figure: (images that count for it, images of these that are right), both bool [N].
 Right = tuple[np.ndarray, np.ndarray]
 
@@ -85,7 +122,7 @@ def accuracies(found: Answers, labels: np.ndarray, classes: int) -> dict[str, Ri
 
     top1, top5 (where there are more than five classes); of a mixture also route_E (top-1 of the images that take
     expert E at most sites), constant_E (top-1 with all images on it), random_route, oracle_route and worst_route
-    (images that some, and that all, of the constant routes have right)."""
+    (images that some, and that all, of the constant routes have right), unless it mixes experts."""
     every = np.ones(len(labels), dtype=bool)
     figures = {"top1": (every, found.said == labels)}
     if classes > BEST:
@@ -104,9 +141,10 @@ def accuracies(found: Answers, labels: np.ndarray, classes: int) -> dict[str, Ri
 
 
 def loads(found: Answers) -> np.ndarray:
-    """Share of images and sites that each expert takes, float [E]."""
-    experts = found.alone.shape[1]
-    return np.bincount(found.routes.ravel(), minlength=experts) / found.routes.size
+    """Share of images and sites that each expert takes, or of the weight where they are mixed; float [E]."""
+    if found.shares is not None:
+        return found.shares.mean(axis=0, dtype=np.float64)
+    return np.bincount(found.routes.ravel(), minlength=found.experts) / found.routes.size
 
 
 def balance(found: Answers) -> float:

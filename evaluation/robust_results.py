@@ -19,6 +19,7 @@ from evaluation.statistics import (
     mean_iou,
 )
 from evaluation.suites import CLEAN
+from evaluation.targets import ROUTED
 from evaluation.worst_case import SearchBracket, estimate_worst_miou, select, worst_aacc, worst_miou
 
 Column = Literal["common", "adaptive"]
@@ -224,19 +225,29 @@ class RobustResults:
         return [name for name, target in self.targets.items() if target["role"] == role]
 
     @property
+    def mixtures(self) -> list[str]:
+        """Rows that route: gates, and mixtures of others in whatever role."""
+        return [
+            name
+            for name, target in self.targets.items()
+            if target["role"] == "gate" or target["identity"]["kind"] in ROUTED
+        ]
+
+    @property
     def rivals(self) -> list[str]:
-        """What gates are compared with: ensembles, then baselines."""
-        return [*self.of_role("ensemble"), *self.of_role("baseline")]
+        """What mixtures are compared with: ensembles, then baselines."""
+        every = (*self.of_role("ensemble"), *self.of_role("baseline"))
+        return [name for name in every if name not in self.mixtures]
 
     def differences(self, eps: float, column: Column) -> dict[tuple[str, str], dict[str, Estimate]]:
-        """(gate, rival) -> worst case of the gate minus that of the rival, on the same resamples."""
+        """(mixture, rival) -> worst case of the mixture minus that of the rival, on the same resamples."""
         return {
-            (gate, rival): {
-                name: self.worst(gate, eps, column).figures[name]
+            (mixture, rival): {
+                name: self.worst(mixture, eps, column).figures[name]
                 - self.worst(rival, eps, column).figures[name]
                 for name in FIGURES
             }
-            for gate in self.of_role("gate")
+            for mixture in self.mixtures
             for rival in self.rivals
         }
 

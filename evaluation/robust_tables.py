@@ -22,7 +22,13 @@ from evaluation.statistics import FEWEST_UNITS, Estimate
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import COMPONENT_COLUMNS, TELEMETRY_COLUMNS, component_rows, telemetry_rows
-from evaluation.transfer import METRICS, TRANSFER_COLUMNS, stronger_than_white_box, transfer_table
+from evaluation.transfer import (
+    METRICS,
+    TRANSFER_COLUMNS,
+    below_worst_case,
+    stronger_than_white_box,
+    transfer_table,
+)
 
 NOTHING = Beside()
 DETECTORS_TOLD = (
@@ -56,7 +62,10 @@ def write_robust(folder: str | Path, ledger: str | Path) -> tuple[RobustResults,
     they are made from, with the flags that were raised."""
     manifest, units = read_manifest(ledger), read_units(ledger)
     results, beside = RobustResults(manifest, units), read_beside(folder)
-    beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings])
+    too_weak = below_worst_case(
+        beside.transfer, lambda target, eps: results.worst(target, eps, "adaptive").figures["aacc"].value
+    )
+    beside = replace(beside, findings=[*check_manifest(manifest, units), *beside.findings, *too_weak])
     records = list(records_of(manifest, units))
     kinds = {name: target["identity"]["kind"] for name, target in results.targets.items()}
     experts = {name: list(target["identity"].get("experts", ())) for name, target in results.targets.items()}
@@ -143,7 +152,7 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
         for column in COLUMNS:
             for (gate, rival), found in results.differences(eps, column).items():
                 add(f"{gate} - {rival}", "difference", f"worst of {column}", eps, found)
-        for gate in results.of_role("gate"):
+        for gate in results.mixtures:
             add(gate, "difference", "worst of common - worst of adaptive", eps, results.gaps(gate, eps))
     return rows
 
@@ -352,9 +361,9 @@ def difference_lines(results: RobustResults, eps: float) -> list[str]:
     for name in ("miou", "aacc"):
         values = {
             model: results.worst(model, eps, "adaptive").figures[name]
-            for model in (*results.of_role("gate"), *results.rivals)
+            for model in (*results.mixtures, *results.rivals)
         }
-        best = max(results.of_role("gate"), key=lambda gate: values[gate].value)
+        best = max(results.mixtures, key=lambda gate: values[gate].value)
         for rival in results.rivals:
             gap = differences[best, rival][name]
             low, high = gap.interval()
@@ -363,14 +372,14 @@ def difference_lines(results: RobustResults, eps: float) -> list[str]:
                 f"{TITLES[name]}, adaptive: {best} - {rival} = {percent(gap.value)}{in_brackets(low, high)}"
             )
             lines.append(f"- {shown}: {verdict(low, high, at_floor)}.")
-    chosen = len(results.of_role("gate")) > 1
+    chosen = len(results.mixtures) > 1
     return [*lines, *["", "The gate is the best of several on these very images, which favours it."] * chosen]
 
 
 def gap_lines(results: RobustResults, eps: float) -> list[str]:
     """What attacks find that know a gate, beyond those that don't."""
     lines = []
-    for model in results.of_role("gate"):
+    for model in results.mixtures:
         gaps = results.gaps(model, eps)
         told = (
             f"{percent(gaps[name].value)}{in_brackets(*gaps[name].interval())} {TITLES[name]}"

@@ -271,8 +271,8 @@ def transfer_failure(
 
 
 def gate_gradient(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> list[Finding]:
-    """The loss has a gradient by the gate logits of each expert; else attacks don't see the gate. 1 pass with a
-    backward pass from the weights on."""
+    """The loss has a gradient by the gate logits of each expert, where only the top_k best are mixed of each that is
+    among them for some image; else attacks don't see the gate. 1 pass with a backward pass from the weights on."""
     with torch.no_grad():
         seen = look_inside(target.model, images)
     leaf = seen.gate_logits.detach().requires_grad_()
@@ -282,10 +282,13 @@ def gate_gradient(target: Target, images: Tensor, labels: Tensor, threat: Threat
     if leaf.shape[2] == 1:
         text = "there is one expert: the gate has nothing to choose"
         return [Finding("gate gradient", target.name, None, "", "note", text)]
-    reached = slope.abs().amax(dim=(1, 3, 4, 5)) >= VANISHING  # [S, E]
-    reached |= (
-        leaf.detach().isneginf().all(dim=5).all(dim=4).all(dim=3).all(dim=1)
-    )  # masked: nothing to reach
+    best = getattr(target.model, "top_k", 1) if target.kind == "soft" else 1
+    wanted = torch.ones_like(slope, dtype=torch.bool)
+    if best > 1:  # by rank: a weight may be 0 by saturation, too
+        wanted = torch.zeros_like(wanted).scatter(2, leaf.topk(best, dim=2).indices, True)
+    wanted &= ~leaf.detach().isneginf()  # masked: nothing to reach
+    wanted = wanted.amax(dim=(1, 3, 4, 5))  # of sites and experts
+    reached = (slope.abs() >= VANISHING).amax(dim=(1, 3, 4, 5))[wanted]
     text = f"the loss has a gradient by the gate logits of {int(reached.sum())} of {reached.numel()} experts"
     if reached.all():
         return [Finding("gate gradient", target.name, None, "", "ok", text)]

@@ -1,6 +1,6 @@
 """Transfer: adversarial images made for one target, shown to every other."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,7 +11,9 @@ from torch import Tensor
 from attacks.quantise import quantised
 from attacks.threat import Threat
 from engine.config import Component, UserError
+from evaluation.findings import Finding
 from evaluation.formats import markdown_table, percent
+from evaluation.record_checks import ALARM
 from evaluation.statistics import ClassCounts, Resamples, aacc, estimates, mean_iou
 from evaluation.targets import Target, exact_float32, threat_on, under_attack
 from metrics.confusion import confusion
@@ -80,6 +82,21 @@ def stronger_than_white_box(rows: Iterable[Mapping]) -> list[Mapping]:
         surely = row["against_own"] if row["against_own_high"] is None else row["against_own_high"]
         if row["metric"] == "aacc" and surely < 0:
             found.append(row)
+    return found
+
+
+def below_worst_case(rows: Iterable[Mapping], worst: Callable[[str, float], float]) -> list[Finding]:
+    """A flag for each row of accuracy that is below the worst case that the suite found, worst(target, eps): what it
+    calls the worst is none. Rows of the clean images can't be."""
+    found = []
+    for row in rows:
+        found_by_suite = worst(row["target"], row["eps"])
+        if row["metric"] == "aacc" and found_by_suite - row["value"] > ALARM:
+            text = (
+                f"images of {row['attack']} made for {row['source']} leave {percent(row['value'])} % of accuracy, the "
+                f"worst case of the suite is {percent(found_by_suite)} %: its attacks are too weak"
+            )
+            found.append(Finding("weaker attacks", row["target"], row["eps"], "transfer", "flag", text))
     return found
 
 

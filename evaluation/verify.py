@@ -9,6 +9,7 @@ and what stands beside the ledger (findings, transfer, detectors) is not checked
 """
 
 import argparse
+import random
 import shutil
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from engine.devices import pick_device
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
 from evaluation.certificate import certify_targets
+from evaluation.findings import Finding
 from evaluation.formats import eps_text
 from evaluation.ledger import (
     INCUMBENTS,
@@ -42,34 +44,53 @@ from evaluation.plan import Scene, Setup, Unit, manifest_of, units_of
 from evaluation.robust import Bench, about_unit, as_begun, images_of, members_of, network_passes
 from evaluation.robust_tables import TABLES, write_robust
 from evaluation.suites import Member
+from evaluation.target_checks import check_first
 from evaluation.targets import Target, exact_float32, under_attack
 
 ROUNDING = 1e-6  # of a distance in float32
 ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may tip over; of routing, too
 # What is the same on every machine: it follows from images, labels and the plan alone.
 EXACT = ("valid", "linf", "l2", "status", "target", "source", "settings", "version", "eps", "norm", "seed")
+RERUN = (
+    0.02  # share of pixels that an attack may leave fewer of when another machine's sums lead it elsewhere
+)
 BESIDE = (FINDINGS, CERTIFICATES, TRANSFER, DETECTORS)
 
 
 @dataclass
 class Verdict:
     """problems: each in words; none where all was confirmed. units, images: scored again. tipped: of these images
-    those where a few pixels differ, as they may on another machine."""
+    those where a few pixels differ, as they may on another machine. rerun: names of the units whose attack was run
+    again; pixels: of their images (valid, right as recorded, right after the attack here)."""
 
     problems: list[str] = field(default_factory=list)
     units: int = 0
     images: int = 0
     tipped: int = 0
+    rerun: list[str] = field(default_factory=list)
+    pixels: tuple[int, int, int] = (0, 0, 0)
 
     def lines(self) -> list[str]:
         """For a terminal."""
         exact = f"{self.tipped} of them differ in at most {ARITHMETIC:.1%} of their pixels"
         scored = f"{self.units} units of work, {self.images} adversarial images scored again"
+        verified = (
+            "verified" if self.rerun else "verified, but for the attacks: none was run again (--rerun N)"
+        )
         return [
             *(f"wrong: {problem}" for problem in self.problems),
             scored + (f"; {exact}" if self.tipped else "; every pixel count is the recorded one"),
-            "refused" if self.problems else "verified",
+            *self.about_rerun(),
+            "not checked: losses and gradients of attacks, transfer, detectors",
+            "refused" if self.problems else verified,
         ]
+
+    def about_rerun(self) -> list[str]:
+        if not self.rerun:
+            return []
+        valid, recorded, here = self.pixels
+        told = f"{recorded / valid:.2%} of the pixels are right as recorded, {here / valid:.2%} after the attacks here"
+        return [f"{len(self.rerun)} units of work run again: {told}"]
 
 
 def verify(
@@ -79,9 +100,13 @@ def verify(
     setup: Setup,
     scenes: Iterable[Scene],
     device: torch.device | str = "cpu",
+    *,
+    checks: bool = False,
+    rerun: int = 0,
 ) -> Verdict:
     """The submission in a folder against the networks, their attacks by name, the setup and the clean images that it
-    claims to be about; scenes are gone through twice.
+    claims to be about; scenes are gone through more than once. checks: its honesty checks are made again. rerun: so
+    many of its units of work, drawn at random, are run again.
 
     UserError for a folder without a complete ledger, or one that kept no images."""
     folder, device = Path(folder), torch.device(device)
@@ -98,6 +123,8 @@ def verify(
     if damaged:
         verdict.problems.append(f"{damaged} lines of the ledger have a wrong checksum")
     known = rows_as_asked(manifest, targets, members, setup, verdict)
+    attacked = [unit.name for unit in wanted if unit.eps]
+    verdict.rerun = random.SystemRandom().sample(attacked, min(rerun, len(attacked)))
     with as_begun(ledger):
         batches = 0
         for index, scene in enumerate(scenes):
@@ -111,9 +138,27 @@ def verify(
             certified = certify_targets(list(known.values()), scenes, setup, device)
             if read_beside(folder).certificates != certified:
                 verdict.problems.append(f"{CERTIFICATES} is not what interval bounds give")
+        if checks and not verdict.problems:
+            told = {flag_of(finding) for finding in read_beside(folder).findings}
+            found = check_first(next(iter(scenes)), list(known.values()), members, setup, device)
+            lacking = [one for one in found if one.severity == "flag" and flag_of(one) not in told]
+            verdict.problems += [
+                f"{FINDINGS} lacks a flag: {one.target}: {one.check}: {one.text}" for one in lacking
+            ]
+    valid, recorded, here = verdict.pixels
+    if recorded - here > RERUN * valid:
+        verdict.problems.append(
+            f"attacks run again leave {here} of {valid} pixels right, the records say {recorded}: units "
+            f"{', '.join(verdict.rerun)}"
+        )
     if not verdict.problems:  # of records that are wrong there may be no tables
         verdict.problems += wrong_tables(folder, ledger)
     return verdict
+
+
+def flag_of(finding: Finding) -> tuple:
+    """What makes it the same one on every machine."""
+    return finding.check, finding.target, finding.eps, finding.attack, finding.severity
 
 
 def wrong_tables(folder: Path, ledger: Path) -> list[str]:
@@ -208,6 +253,21 @@ def score_again(
                     path = ledger / "adversarials" / f"{unit.name}.npz"
                     compare(bench, unit, own[unit.member], units[unit.name], load_adversarials(path), verdict)
                     verdict.units += 1
+                if unit.name in verdict.rerun:
+                    run_again(bench, unit, own[unit.member], units[unit.name], verdict)
+
+
+def run_again(bench: Bench, unit: Unit, member: Member, records: list[dict], verdict: Verdict) -> None:
+    """Attacks the images of a unit, and adds up what is right of them as recorded and now."""
+    found, _ = bench.run(member, unit.eps)
+    counts = [
+        [sum(count for truth, said, count in record["cells"] if truth == said) for record in ones]
+        for ones in ([one for one in many if one["incumbent"] == INCUMBENTS[0]] for many in (records, found))
+    ]
+    valid = sum(record["valid"] for record in found if record["incumbent"] == INCUMBENTS[0])
+    verdict.pixels = tuple(
+        before + now for before, now in zip(verdict.pixels, (valid, *map(sum, counts)), strict=True)
+    )
 
 
 def compare(
@@ -317,6 +377,9 @@ def main(argv: Sequence[str]) -> int:
         default=[],
         help="of its config: where data and runs are, data.root=...",
     )
+    parser.add_argument(
+        "--rerun", type=int, default=0, metavar="N", help="run N units of work again, drawn at random"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda; that of the ledger is exact")
     arguments = parser.parse_intermixed_args(argv)
     from pipelines.robustness import submitted
@@ -325,7 +388,10 @@ def main(argv: Sequence[str]) -> int:
     if not isinstance(config, Evaluation):
         raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
     device = pick_device(arguments.device)
-    verdict = verify(arguments.submission, *submitted(config, device), device)
+    if arguments.rerun < 0:
+        raise UserError(f"--rerun: {arguments.rerun} is wrong; expected 0 or more units of work")
+    asked = {"checks": config.evaluate.attack_checks, "rerun": arguments.rerun}
+    verdict = verify(arguments.submission, *submitted(config, device), device, **asked)
     print("\n".join(verdict.lines()))
     return 2 if verdict.problems else 0
 

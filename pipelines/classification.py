@@ -18,11 +18,12 @@ from engine.loop import fit, optimizer_steps
 from engine.pathways import Inputs, RouterPhase, adversary_of, balanced, classified
 from engine.randomness import random_state, seed_everything
 from engine.runs import RunFolder, check_run_folder
-from engine.steps import Phase
+from engine.steps import Phase, evaluating
 from networks.complexity import parameters
 from pipelines.classifier_costs import describe_costs, without_pruned
 from pipelines.classifier_validation import metric_names, validated
 from pipelines.models import weights_file
+from pipelines.seen_images import trainings_of
 
 BALANCED_ON = 512  # images that the router's first biases are set from
 
@@ -35,6 +36,7 @@ def train(config: Classification, options) -> list[Result] | None:
         check_run_folder(folder_of(config), config.resolved(), **flags)
     images = config.data.build(config.data.cache_dir)
     model = build(config, images)
+    refuse_small_images(config, model, images)
     settings, data = config.train, config.data
     batches = TrainBatches(images.split("train"), settings.batch_size, settings.seed, data.pad, data.flip)
     phases = phases_of(config, model, optimizer_steps(batches, settings))
@@ -66,7 +68,8 @@ def train(config: Classification, options) -> list[Result] | None:
 
     def validate(models: Sequence[nn.Module]) -> list[dict[str, float]]:
         return [
-            validated(one, EvalBatches(held_out, settings.batch_size), settings, device) for one in models
+            validated(one, EvalBatches(held_out, settings.batch_size), settings, device, config.name)
+            for one in models
         ]
 
     def prepare(batch: ImageBatch, device: torch.device, layout: torch.memory_format) -> Inputs:
@@ -118,6 +121,49 @@ def describe_start(config: Classification, model: nn.Module) -> list[str]:
         f"starts from {config.train.start_from} ({there} classes) but for {layer}, which is new, "
         f"for {model.num_classes}"
     ]
+
+
+def refuse_small_images(config: Classification, model: nn.Module, images: ImageSet) -> None:
+    """UserError where nothing is left of an image on its way through the network, or where one image is a batch and a
+    BatchNorm would see a single value of each channel."""
+    (channels, height, width), args = images.size, config.network.args
+    maps = norm_maps(model, images.size)
+    if maps is None:
+        enough = next(
+            (n for n in range(2, 65) if norm_maps(model, (channels, n * height, n * width)) is not None), None
+        )
+        way_out = f"; network.enlarge: {enough * args['enlarge']} is enough" if enough else ""
+        raise UserError(
+            f"network.arch: images of {height} x {width} are too small for {args['arch']} with stem: {args['stem']} "
+            f"and enlarge: {args['enlarge']}{way_out}"
+        )
+    if config.train.batch_size == 1 and 1 in maps:
+        raise UserError(
+            f"train.batch_size: 1 is wrong for images of {height} x {width}: a BatchNorm of {args['arch']} would see a "
+            "single value of each channel; take 2 or more"
+        )
+
+
+def norm_maps(model: nn.Module, size: tuple[int, int, int]) -> list[int] | None:
+    """Places of the map that each BatchNorm gets of an image of this size; None where a map is left without any."""
+    found = []
+
+    def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        found.append(inputs[0][0, 0].numel())
+
+    norms = [one for one in model.modules() if isinstance(one, nn.BatchNorm2d)]
+    hooks = [one.register_forward_pre_hook(note) for one in norms]
+    try:
+        with torch.no_grad(), evaluating(model):
+            model(torch.zeros(1, *size))
+    except RuntimeError as error:
+        if "too small" not in str(error):
+            raise
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def refuse_idle_experts(config: Classification, images: ImageSet) -> None:
@@ -215,5 +261,10 @@ def description(config: Classification, images: ImageSet, model: nn.Module) -> d
     }
     if config.train.start_from:
         path = config.train.start_from
-        about["start_from"] = {"path": path, "sha256": load_metadata(weights_file(path))["tensors_sha256"]}
+        first = load_metadata(weights_file(path))
+        about["start_from"] = {
+            "path": path,
+            "sha256": first["tensors_sha256"],
+            "trainings": trainings_of(first),
+        }
     return about

@@ -61,7 +61,8 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class ClassifierCost:
-    """parameters: all. active: of the router and one pathway. pathway, router, executed: GMACs per image.
+    """parameters: all. active: those that an image meets, of the router and its top_k pathways, shared parts once.
+    pathway: GMACs per image of these pathways; router, executed: likewise.
 
     Of a sparse network all this is of what is left without the pruned filters, as networks.cnn_moe.sparse cuts it:
     every filter that is kept, each reading the channels that are kept; sums of residual networks keep all channels."""
@@ -82,12 +83,16 @@ def cost_of(model: nn.Module, size: tuple[int, int, int]) -> ClassifierCost:
     if not hasattr(model, "pathway"):
         gmacs = counted(model, image)
         return ClassifierCost(total, total, gmacs, 0.0, gmacs)
-    plain = model.pathway(0)
-    routed = sum(parameter.numel() for parameter in model.router.parameters())
+    one, routed = parameters(model.pathway(0))[0], parameters(model.router)[0]
+    expert = (total - routed - one) // (
+        model.num_experts - 1
+    )  # what each further one adds to the shared parts
+    weights = torch.zeros(model.router.sites, 1, model.num_experts, 1, 1, 1, device=device)
+    weights[:, :, : model.top_k] = 1 / model.top_k
     return ClassifierCost(
         total,
-        sum(parameter.numel() for parameter in plain.parameters()) + routed,
-        counted(plain, image),
+        one + (model.top_k - 1) * expert + routed,
+        counted(model, image, lambda image: model.forward_given(image, weights)),
         counted(model.router, model.entry(image)),
         counted(model, image),
     )
@@ -109,7 +114,8 @@ def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     lines = [f"parameters: {cost.parameters:,}, {active}"]
     shape = " x ".join(map(str, size))
     if cost.router:
-        parts = f"a pathway {cost.pathway:.4f}, the router {cost.router:.4f}"
+        paths = "a pathway" if model.top_k == 1 else f"{model.top_k} of {model.num_experts} pathways"
+        parts = f"{paths} {cost.pathway:.4f}, the router {cost.router:.4f}"
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f} ({parts})")
     else:
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f}")

@@ -38,33 +38,42 @@ from evaluation.suites import Member, attacks_for, extra_members, member, needs_
 from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
-from pipelines.models import load_classifier, require_classes
+from pipelines.models import Trained, load_classifier, require_classes, require_network
+from pipelines.seen_images import refuse_seen
 
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A classifier in eval mode, weights frozen; role: the name of its network; method: how it was trained."""
+    """A classifier in eval mode, weights frozen; role: the name of its network; method: how it was trained; trained:
+    the checkpoint that it is from, None for one that brings its own weights."""
 
     network: nn.Module
     role: str
     about: dict
     method: str = ""
     rise: float | None = None
+    trained: Trained | None = None
 
 
 def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | None:
     """Evaluates every model that the config names. Of several processes (torchrun) the first does the clean pass, all
     do attacks, and who sees the ledgers complete writes the tables; None for the others."""
     device = own_gpu(pick_device(options.device))
-    if isinstance(config, Classification):
+    training = config if isinstance(config, Classification) else None
+    if training:
         config = as_evaluation(config)
     settings, folder = config.evaluate, folder_of(config)
     if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     images = config.data.build(config.data.cache_dir)
     models = {name: load(source, f"models.{name}", images) for name, source in config.models.items()}
+    for name, one in models.items():
+        if one.trained and training:
+            require_network(one.trained, training.network, "network")
+        if one.trained:
+            refuse_seen(one.trained, f"models.{name}", config.data, images, settings.split)
     for name in settings.attack_rows or ():
         if name not in models:
             raise UserError(f"evaluate.attack_rows: there is no model {name!r}; allowed: {', '.join(models)}")
@@ -139,10 +148,22 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     if size and tuple(size) != tuple(images.size):
         told, here = (" x ".join(map(str, one)) for one in (size, images.size))
         raise UserError(f"{key}: {source} was trained on images of {told}, {images.name} has {here}")
+    refuse_broken(trained, key)
     about = {"network": trained.metadata["network"], "sha256": trained.sha256}
     method = trained.metadata.get("config", {}).get("train", {}).get("method", "")
     rise = rise_of(trained.file.parent.parent / "metrics.csv")
-    return Loaded(trained.network, about["network"]["name"], about, method, rise)
+    return Loaded(trained.network, about["network"]["name"], about, method, rise, trained)
+
+
+def refuse_broken(trained: Trained, key: str) -> None:
+    """UserError for NaN or inf in the weights or BatchNorm's statistics."""
+    state = trained.network.state_dict()
+    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(
+            f"{key}: {trained.file} has NaN or inf in {len(bad)} tensors ({', '.join(bad[:3])}): its training broke; "
+            "train it again, or name another checkpoint"
+        )
 
 
 def rise_of(metrics: Path) -> float | None:
@@ -169,12 +190,15 @@ def about_of(one: Loaded, images: ImageSet) -> About:
 
 
 def design_of(network: Mapping) -> str:
-    """A network section in few words: "2 x resnet18 / 0.125" is a mixture of 2 pathways of that share of the width."""
+    """A network section in few words: "2 x resnet18 / 0.125" is a mixture of 2 pathways of that share of the width,
+    ", by stage, top 2" one that picks for each stage, its 2 best."""
     if "arch" not in network:
         return network["name"]
     experts = f"{network['num_experts']} x " if "num_experts" in network else ""
     sparse = "sparse " * (network["name"] == "sparse_cnn")
-    return f"{experts}{sparse}{network['arch']} / {network['ratio']:g}"
+    granularity, top_k = network.get("granularity", "model"), network.get("top_k", 1)
+    routes = f", by {granularity}" * (granularity != "model") + f", top {top_k}" * (top_k > 1)
+    return f"{experts}{sparse}{network['arch']} / {network['ratio']:g}{routes}"
 
 
 # Clean images
@@ -187,7 +211,13 @@ def clean_pass(
     settings, folder = config.evaluate, folder_of(config)
     with exact_float32(device):
         found = {
-            name: answers(one.network, batches_of(split, settings.batch_size), device, settings.images_seed)
+            name: answers(
+                one.network,
+                batches_of(split, settings.batch_size),
+                device,
+                settings.images_seed,
+                f"models.{name}",
+            )
             for name, one in models.items()
         }
     atomic_write(folder / "config.yaml", dump(config.resolved()))
@@ -254,7 +284,8 @@ def attacked_images(split: ImageSplit, settings: ClassifierEvaluate) -> ImageSpl
     counts["autoattack"] = settings.autoattack
     for key, count in counts.items():
         if count > len(split):
-            raise UserError(f"evaluate.{key}: {count} of {len(split)} {settings.split} images")
+            hint = "; all takes them all" * (key == "attack_images")
+            raise UserError(f"evaluate.{key}: {count} of {len(split)} {settings.split} images{hint}")
     most = max(counts.values())
     if suite_asked(settings) and most > counts["attack_images"]:
         raise UserError(
@@ -296,11 +327,12 @@ def works_of(
 
 
 def targets_of(models: Mapping[str, Loaded], pathways: bool) -> list[Target]:
-    """The models and, where asked for and a route is one choice, the pathways of each mixture by themselves."""
+    """The models and, where asked for and a route is one choice of one expert, the pathways of each mixture by
+    themselves."""
     found = []
     for name, one in models.items():
         found.append(target_of(name, one.network, role=one.role, **one.about))
-        if pathways and found[-1].kind in ROUTED and getattr(one.network, "granularity", None) == "model":
+        if pathways and found[-1].kind == "hard" and getattr(one.network, "granularity", None) == "model":
             for expert in range(one.network.num_experts):
                 plain = one.network.pathway(expert).requires_grad_(False).eval()
                 found.append(
@@ -342,13 +374,13 @@ def members_of(
 
 
 def autoattack_members(target: Target, settings: ClassifierEvaluate) -> list[Member]:
-    """AutoAttack on the whole model and, where asked for, on every pathway of a mixture."""
+    """AutoAttack on the whole model and, where asked for, on every pathway of a mixture that takes one at a time."""
 
     def one(name: str, column: str, **more) -> Member:
         attack = {"name": "autoattack", "seed": settings.attack_seed, **more}
         return member(name, attack, column, target.kind, target.num_experts, conditional=target.conditional)
 
-    paths = range(target.num_experts if settings.pathways and target.kind in ROUTED else 0)
+    paths = range(target.num_experts if settings.pathways and target.kind == "hard" else 0)
     return [
         one(AUTOATTACK, "common"),
         *(one(f"{AUTOATTACK}{PATH}{expert}", "adaptive", pathway=expert) for expert in paths),

@@ -1,5 +1,6 @@
 """Validation of a classifier in training: clean, attacked through the router, and attacked on the clean route."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,7 +10,7 @@ from attacks.threat import Threat, seed_of
 from dataloaders.image_batches import ImageBatch, images_of
 from engine.adversarial import craft
 from engine.arithmetic import layout_of
-from engine.config import ClassifierTrain
+from engine.config import ClassifierTrain, UserError
 from engine.pathways import NO_LABEL
 from engine.steps import evaluating
 
@@ -27,17 +28,31 @@ def metric_names(model: nn.Module, settings: ClassifierTrain) -> list[str]:
     names = ["top1", "attacked_top1", "frozen_top1", "robust_top1", "flips"] if attacks else ["top1"]
     if not routed:
         return [name for name in names if name not in ("frozen_top1", "flips")]
-    experts = range(model.num_experts)
-    return [*names, *(f"load_{e}" for e in experts), *(f"top1_of_{e}" for e in experts)]
+    return [
+        *names,
+        *(f"load_{e}" for e in range(model.num_experts)),
+        *(f"top1_of_{e}" for e in paths_of(model)),
+    ]
+
+
+def paths_of(model: nn.Module) -> range:
+    """The experts of a routed network that an image may take alone: none where several are weighed for each."""
+    return range(model.num_experts if model.routing == "hard" else 0)
 
 
 def validated(
-    model: nn.Module, batches: Iterable[ImageBatch], settings: ClassifierTrain, device: torch.device
+    model: nn.Module,
+    batches: Iterable[ImageBatch],
+    settings: ClassifierTrain,
+    device: torch.device,
+    name: str = "the model",
 ) -> dict[str, float]:
     """top1: clean accuracy. attacked_top1: under PGD on cross-entropy, its gradient through the router as well;
     frozen_top1: on images made with each one's clean route kept, shown to the model as it is; robust_top1: the lower of
     the two. flips: share of images and sites with another route after the first attack. load_E: share of images and
-    sites that expert E takes; top1_of_E: accuracy with all images on it."""
+    sites that expert E takes, or of the weights; top1_of_E: accuracy with all images on it.
+
+    name: of the model, for messages. UserError for logits that are not finite."""
     eps = val_eps_of(settings)
     routed = hasattr(model, "gate_logits")
     totals: dict[str, float] = dict.fromkeys(metric_names(model, settings), 0.0)
@@ -54,7 +69,13 @@ def validated(
             if eps is not None:
                 threat = Threat(eps, "linf", NO_LABEL, seeds)
                 add_attacked(model, images, labels, route, threat, settings.val_steps, totals)
-    figures = {name: total / count for name, total in totals.items()}
+    broken = [metric for metric, total in totals.items() if math.isnan(total)]
+    if broken:
+        raise UserError(
+            f"{name}: NaN or inf among its logits of validation images ({', '.join(broken)}); lower "
+            "train.optimizer.lr, or set train.clip_norm"
+        )
+    figures = {metric: total / count for metric, total in totals.items()}
     if eps is not None:
         figures["robust_top1"] = min(figures["attacked_top1"], figures.get("frozen_top1", 1.0))
     return figures
@@ -64,9 +85,9 @@ def validated(
 def add_routes(model: nn.Module, images: Tensor, labels: Tensor, totals: dict[str, float]) -> Tensor:
     """Adds the loads of the experts and the accuracy of each on all images of a batch; returns the clean route."""
     route = model.route(model.gate_logits(images)).detach()
-    taken = route.flatten(2).argmax(dim=2)
     for expert in range(model.num_experts):
-        totals[f"load_{expert}"] += (taken == expert).float().mean(dim=0).sum().item()
+        totals[f"load_{expert}"] += route[:, :, expert].flatten(2).mean(dim=(0, 2)).sum().item()
+    for expert in paths_of(model):
         forced = torch.zeros_like(route)
         forced[:, :, expert] = 1
         totals[f"top1_of_{expert}"] += right(model.forward_given(images, forced), labels)
@@ -102,5 +123,6 @@ def attack(
     return craft(logits_of, images, labels, threat, "ce", steps, STEP * threat.eps)
 
 
-def right(logits: Tensor, labels: Tensor) -> int:
-    return int((logits.argmax(dim=1) == labels).sum())
+def right(logits: Tensor, labels: Tensor) -> float:
+    """Images that are; NaN for logits that are not finite, of which argmax would make answers."""
+    return (logits.argmax(dim=1) == labels).sum().item() if logits.isfinite().all() else math.nan

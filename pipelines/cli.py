@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -71,6 +72,7 @@ def main(doc: str, command: str, family: str | None = None, argv: list[str] | No
         if arguments.print_config:
             print(config.render_with_sources(), end="")
             return 0
+        refuse_ranks(command)
         given = {
             field.name: getattr(arguments, field.name) for field in fields(Options) if field.name in arguments
         }
@@ -84,6 +86,17 @@ def function_of(command: str) -> Callable:
     """The function of COMMANDS that runs a command."""
     module, function = COMMANDS[command].split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def refuse_ranks(command: str) -> None:
+    """UserError for a training that torchrun started in several processes: each would do all of it in one folder. An
+    evaluation shares its attacks between them."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not command.startswith("evaluate") and world.isdigit() and int(world) > 1:
+        raise UserError(
+            f"WORLD_SIZE: {world} processes would each do the whole training in one folder; start one, without "
+            "torchrun (an evaluation shares its attacks between several)"
+        )
 
 
 def check(config: Config, command: str, family: str | None, path: str) -> None:

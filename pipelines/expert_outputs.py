@@ -54,14 +54,14 @@ def open_source(
     run for every batch. Raises UserError for a content that is not enough for the gates."""
     run = Experts(mixtures, config.train, device)
     if config.cache == "none":
-        return ExpertSource(run, run)
+        return ExpertSource(run.filled, run)
     refuse_too_little(config)
     try:
         kept = choose(config, run, experts, training, validation)
-        return ExpertSource(*(part.open(log) if part else run for part in kept))
+        return ExpertSource(kept[0].open(log), kept[1].open(log) if kept[1] else run)
     except (NoCache, OSError) as reason:
         log(f"cache: none, the experts run for every batch: {reason}")
-        return ExpertSource(run, run)
+        return ExpertSource(run.filled, run)
 
 
 def refuse_too_little(config: Run) -> None:
@@ -114,8 +114,8 @@ def choose(
     def parts(contents: tuple[str, str | None]) -> tuple[Part, Part | None]:
         first, second = contents
         return (
-            Part("train", first, folder, run, experts, training.cache, copies, full_batches=True),
-            second and Part("val", second, folder, run, experts, validation.cache, 1, full_batches=False),
+            Part("train", first, folder, run, experts, training.cache, copies, filled=True),
+            second and Part("val", second, folder, run, experts, validation.cache, 1, filled=False),
         )
 
     example = run(parts(("float32", None))[0].batch([0]))

@@ -36,7 +36,21 @@ class Experts:
 
     def __call__(self, batch: Batch, *_) -> ExpertOutputs:
         """Outputs on the device, without a graph."""
+        return self.outputs(images_of(batch, self.device, self.layout))
+
+    def filled(self, batch: Batch, *_) -> ExpertOutputs:
+        """The same, a smaller batch than train.batch_size filled up on its way through the experts: the last bits of a
+        network's outputs may depend on the batch's size, and what is kept is computed in batches of its own."""
         images = images_of(batch, self.device, self.layout)
+        count, missing = len(images), self.settings.batch_size - len(images)
+        if missing <= 0:
+            return self.outputs(images)
+        found = self.outputs(torch.cat([images, images[:1].expand(missing, -1, -1, -1)]))
+        features = [feature[:count] for feature in found.features]
+        read = None if found.images is None else found.images[:count]
+        return replace(found, logits=found.logits[:count], features=features, images=read)
+
+    def outputs(self, images: Tensor) -> ExpertOutputs:
         with torch.no_grad(), autocast_of(self.settings.precision, self.device):
             return self.without_images(self.run(images))
 
@@ -61,7 +75,7 @@ class Part:
     experts: Mapping[str, Trained]
     cache: FrameCache
     copies: int
-    full_batches: bool  # whether the last batch is filled up, since all batches of a training are full
+    filled: bool  # whether small batches are filled up, as in training
 
     @property
     def count(self) -> int:
@@ -118,17 +132,13 @@ class Part:
         return Batch(pixels, torch.from_numpy(labels), frames, places, [mirrored] * len(places))
 
     def compute(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors to store. A full batch goes through the experts, as in training, since the last bits of
-        a network's outputs may depend on the batch's size."""
-        batch_size = self.run.settings.batch_size
-        filler = [rows[0]] * (batch_size - len(rows) if self.full_batches else 0)
-        packed = self.pack([*rows, *filler])[1]
-        return {name: tensor[: len(rows)] for name, tensor in packed.items()}
+        """The tensors to store."""
+        return self.pack(rows)[1]
 
     def pack(self, rows: Sequence[int]) -> tuple[ExpertOutputs, dict[str, Tensor]]:
         """What the experts say about rows of one copy, and what of it is stored."""
         batch = self.batch(rows)
-        outputs = self.run(batch)
+        outputs = self.run.filled(batch) if self.filled else self.run(batch)
         labels = None
         if self.content == "label_probs":
             labels = self.run.reduced_labels(batch, outputs.logits.shape[-2:])

@@ -114,7 +114,9 @@ def other_ways(mixture: nn.Module, pathway: int) -> tuple[str, ...]:
 def about(trained: Trained, exported: Exported, pathway: int | None) -> dict:
     """Metadata that make best.safetensors a network `cnn`, and tell where it is from."""
     source = trained.metadata
-    origin = {key: source[key] for key in ("config", "network", "exported_from") if key in source}
+    origin = {
+        key: source[key] for key in ("config", "network", "start_from", "exported_from") if key in source
+    }
     return {
         **{key: source[key] for key in ("classes", "data", "epoch", "steps", "images_seen") if key in source},
         "image_size": list(image_size(trained)),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dataloaders.check import check_lists, missing_files
 from dataloaders.frames import Frame, FrameIndex
+from dataloaders.image_batches import steps_of
 from dataloaders.loader import eval_loader, refuse_large_batch, train_loader
 from engine.adversarial import Adversary
 from engine.arithmetic import autocast_of, layout_of
@@ -197,7 +198,7 @@ def refuse_bad_recipe(config: Run, runs: Sequence[Run], models: Sequence[nn.Modu
     """UserError for what batches, optimizers or schedules refuse, before anything is written."""
     settings = config.train
     refuse_large_batch(frames, settings.batch_size)
-    steps = optimizer_steps(range(frames // settings.batch_size), settings)
+    steps = optimizer_steps(range(steps_of(frames, settings.batch_size)), settings)
     for run, model in zip(runs, models, strict=True):
         phases_of(run, model, settings.loss.build, steps)  # no loss is called here
         if (

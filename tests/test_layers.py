@@ -23,7 +23,7 @@ ALLOWED = {
     "pipelines": set(LAYERS),
     "reports": {"evaluation", "engine", "metrics"},
     # certificates hold for layers of these very classes, not for others of their names
-    "evaluation": {"engine", "attacks", "metrics", "networks.moe", "networks.normalize"},
+    "evaluation": {"engine", "attacks", "metrics", "networks.external", "networks.moe", "networks.normalize"},
     "engine": {"attacks", "metrics"},
     "networks": {"engine.config"},
     "attacks": {"engine.config"},

@@ -43,7 +43,7 @@ class Block(nn.Module):
 class Router(nn.Module):
     """images [B, 3, H, W], normalised, of any size -> scores [S, B, E] in float32, before softmax.
 
-    Larger images are averaged down to 32 to 63 pixels first, so that the router costs the same at all sizes. width:
+    Larger images are averaged down by a whole number first, to a shorter side of 32 to 63 pixels. width:
     times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded gap is what
     makes softmax underflow and attacks on it stop.
     """

@@ -22,14 +22,17 @@ def test_the_linear_fixture(linear):
     assert linear(*FIXTURE)(IMAGE).flatten().tolist() == pytest.approx([0.55, -0.3, 0.3])
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.0454545), ("l2", 0.0780869)])
-def test_the_smallest_eps_of_a_linear_network(linear, norm, eps):
-    """eps* = margin / dual norm of the difference of the weights; class 2 is the nearest."""
-    network = linear(*FIXTURE)
+@pytest.mark.parametrize(
+    ("rival", "norm", "eps"),
+    [(2, "linf", 0.0454545), (2, "l2", 0.0780869), (1, "linf", 0.1545455), (1, "l2", 0.242857)],
+)
+def test_the_smallest_eps_of_a_linear_network(linear, rival, norm, eps):
+    """eps* = margin / dual norm of the difference of the weights; class 2 is the nearest, class 1 without it."""
+    network = linear(*(one[: rival + 1] for one in FIXTURE))
     for factor, correct in ((0.999, 1), (1.001, 0)):
         found = pgd(network, IMAGE, LABEL, threat(factor * eps, 1, norm), loss="margin", random_start=False)
         assert found.correct.tolist() == [correct]
-        assert network(found.images).argmax(1).tolist() == [0 if correct else 2]
+        assert network(found.images).argmax(1).tolist() == [0 if correct else rival]
 
 
 def test_the_box_counts(linear, survives):

@@ -78,6 +78,17 @@ def test_points_outside_of_ball_or_box_are_no_candidates():
     assert corner.found().correct.tolist() == [4, 0]
 
 
+@pytest.mark.parametrize("incumbent", ["best", "balanced"])
+def test_an_incumbent_that_has_left_the_ball_is_a_bug_that_is_told(incumbent):
+    """Such as that of an attack that goes on with the incumbent itself in place."""
+    found = search()
+    found.offer(IMAGES + 0.05, says([0, 0, 0, 1], [0, 1, 1, 0]))
+    found.found()
+    getattr(found, incumbent)[1, 0, 0, 2] += 0.06
+    with pytest.raises(AssertionError, match=r"is 0.11\d* from its image \(linf\), eps 0.1"):
+        found.found()
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_logits_that_are_not_finite_are_no_success(bad):
     """argmax takes NaN for the largest: a broken pass would look like a broken network."""

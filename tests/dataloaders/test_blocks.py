@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataloaders.blocks import SHARES, deal, split_by_blocks, too_near
+from dataloaders.blocks import SHARES, deal, split_by_blocks, too_near, touching
 from dataloaders.frames import SPLITS, Frame
 from engine.config import UserError
 
@@ -39,14 +39,30 @@ def test_a_block_is_in_one_split_and_every_split_gets_its_share_of_every_subset(
 
 
 @pytest.mark.parametrize("guard", [30, 100, 150])
-def test_frames_of_different_splits_are_further_apart_than_the_gap(guard):
-    kept = split(guard=guard)
+def test_frames_of_different_splits_and_blocks_of_test_are_further_apart_than_the_gap(guard):
+    kept = split(guard=guard, shares={"gate": 0.1, "val": 0.1, "test": 0.5})
+    near = Counter()
     for one, other in pairwise(kept):
-        if one.scene == other.scene and one.split != other.split:
-            assert int(other.name[2:]) - int(one.name[2:]) > guard
-    lost = len(FRAMES) - len(kept)
-    assert 0 < lost < len(FRAMES) / 3
-    assert Counter(f.split for f in kept)["test"] % 10 == 0  # test gives no frame away
+        apart = int(other.name[2:]) - int(one.name[2:])
+        independent = one.split != other.split or (one.split == "test" and one.block != other.block)
+        if one.scene == other.scene and independent:
+            assert apart > guard
+        near[one.split] += one.block != other.block and one.scene == other.scene and apart == 30
+    assert near["train"] and not near["test"]  # units of a bootstrap are those of test
+    assert 0 < len(FRAMES) - len(kept) < len(FRAMES) / 2
+
+
+def test_of_touching_blocks_of_test_the_later_one_gives_frames_away():
+    ranks = np.array([3, 3, 3, 3, 3, 2, 3])
+    blocks = np.array([0, 0, 1, 1, 1, 2, 3])
+    numbers = np.array([0, 30, 60, 90, 120, 150, 180])
+    near = touching(ranks, numbers, blocks, [np.arange(7)], guard=60)
+    assert near.tolist() == [False, False, True, True, False, False, True]
+    order = np.array([6, 2, 0, 4, 1, 5, 3])  # of the rows
+    same = touching(ranks[order], numbers[order], blocks[order], [np.arange(7)], guard=60)
+    assert same.tolist() == near[order].tolist()
+    assert not touching(ranks, numbers, blocks, [np.arange(7)], guard=0).any()
+    assert not touching(np.zeros(7, int), numbers, blocks, [np.arange(7)], guard=60).any()
 
 
 def test_of_two_frames_that_are_too_near_the_one_of_the_earlier_split_is_left_out():

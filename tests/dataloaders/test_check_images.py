@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataloaders.check_images import check_images
+from dataloaders.check_images import OFFICIAL, check_images
 from dataloaders.digits import digits
 from dataloaders.image_set import ImageSet, ImageSplit
 
@@ -43,6 +43,20 @@ def test_missing_classes_wrong_labels_and_flat_images_are_told():
     assert "problem: train: no image of 1 classes (b, ...)" in text
     assert "problem: test: 1 labels are outside of 0..1" in text
     assert "warning: train: 1 images have one value only" in text
+
+
+def test_other_numbers_of_images_than_the_official_ones_are_a_problem(monkeypatch):
+    train, val, test = split([0, 1], [0, 1]), split([2, 3], [0, 1]), split([4, 5, 6], [0, 1, 1])
+    whole = ImageSet("toy", ("a", "b"), {"train": train, "val": val, "test": test})
+    assert check_images(whole)[1] == 0
+    monkeypatch.setitem(OFFICIAL, ("toy", 2), (4, 3))
+    assert check_images(whole)[1] == 0
+    monkeypatch.setitem(OFFICIAL, ("toy", 2), (5, 30))
+    text, problems = check_images(whole)
+    assert problems == 2 and "problem: train: 4 images with val, the official toy has 5\n" in text
+    assert "problem: test: 3 images, the official toy has 30\n" in text
+    monkeypatch.setitem(OFFICIAL, ("toy", 3), OFFICIAL.pop(("toy", 2)))  # of some of the classes
+    assert check_images(whole)[1] == 0
 
 
 def test_many_classes_are_summed_up():

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dataloaders import IMAGE_SETS
-from dataloaders.cifar import CIFAR10, cifar
+from dataloaders.cifar import BINARY, CIFAR10, cifar
 from dataloaders.digits import digits
+from dataloaders.image_files import Archive, Labelled, decoded
 from dataloaders.image_set import ImageSet, ImageSplit, Picked, with_val
 from dataloaders.imagenet import imagenet
 from dataloaders.imagenet import main as pack_imagenet
@@ -83,17 +84,47 @@ def test_damaged_binary_files_are_named(tmp_path):
     (root / "data_batch_3.bin").write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"data_batch_3\.bin: \d+ bytes are no whole number of rows of 3073"):
         cifar(CACHE, root=str(tmp_path), val_images=20)
-    (root / "data_batch_3.bin").unlink()
-    with pytest.raises(UserError, match=r"data_batch_3\.bin: can't be read"):
-        cifar(CACHE, root=str(tmp_path), val_images=20)
-    binary_cifar(root)
-    (root / "test_batch.bin").write_bytes(bytes([11]) + bytes(3072))
-    with pytest.raises(UserError, match=r"test_batch\.bin: label 11, allowed: 0 to 9"):
-        cifar(CACHE, root=str(tmp_path), val_images=20)
+    for name in ("data_batch_3", "test_batch"):
+        (root / f"{name}.bin").unlink()
+        with pytest.raises(UserError, match=rf"{name}\.bin: can't be read"):
+            cifar(CACHE, root=str(tmp_path), val_images=20)
+        binary_cifar(root)
+        (root / f"{name}.bin").write_bytes(bytes([11]) + bytes(3072))
+        with pytest.raises(UserError, match=rf"{name}\.bin: label 11, allowed: 0 to 9"):
+            cifar(CACHE, root=str(tmp_path), val_images=20)
+        binary_cifar(root)
     with pytest.raises(UserError, match="holds neither cifar-10-batches-bin/"):
         cifar(CACHE, root=str(root.parent.parent))
     with pytest.raises(UserError, match="no folder"):
         cifar(CACHE, root=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("classes, train, test", [(10, "data_batch_2", "test_batch"), (100, "train", "test")])
+def test_short_binary_files_beside_official_ones_are_named(tmp_path, monkeypatch, classes, train, test):
+    assert set(BINARY[10][1].values()) | set(BINARY[10][2].values()) == {10_000}
+    assert (BINARY[100][1], BINARY[100][2]) == ({"train.bin": 50_000}, {"test.bin": 10_000})
+    folder, *files, label_bytes, names = BINARY[classes]
+    small = [{name: count // 50 for name, count in one.items()} for one in files]
+    monkeypatch.setitem(BINARY, classes, (folder, *small, label_bytes, names))
+    root = binary_cifar(tmp_path / folder, classes, 200)
+    if classes == 100:
+        write(root / "train.bin", (root / "train.bin").read_bytes() * 5)
+    assert len(cifar(CACHE, root=str(tmp_path), classes=classes, val_images=100).split("test")) == 200
+    for name, count in ((train, small[0][f"{train}.bin"]), (test, 200)):
+        whole = (root / f"{name}.bin").read_bytes()
+        (root / f"{name}.bin").write_bytes(whole[: 50 * (3072 + label_bytes)])
+        with pytest.raises(UserError, match=rf"{name}\.bin: 50 images, expected {count}; download it again"):
+            cifar(CACHE, root=str(tmp_path), classes=classes, val_images=100)
+        (root / f"{name}.bin").write_bytes(whole)
+
+
+def test_train_batches_of_a_small_set_are_equally_long(tmp_path):
+    root = binary_cifar(tmp_path / "cifar-10-batches-bin")
+    (root / "test_batch.bin").write_bytes((root / "test_batch.bin").read_bytes()[: 30 * 3073])
+    assert len(cifar(CACHE, root=str(tmp_path), val_images=20).split("test")) == 30
+    (root / "data_batch_4.bin").write_bytes((root / "data_batch_4.bin").read_bytes()[: 30 * 3073])
+    with pytest.raises(UserError, match=r"data_batch_4\.bin: 30 images, expected 40; download it again"):
+        cifar(CACHE, root=str(tmp_path), val_images=20)
 
 
 def class_folders(root, splits, classes, count=4, size=(32, 32), inner=""):
@@ -193,6 +224,15 @@ def test_tiny_imagenet_in_its_own_layout_in_place(tmp_path):
     assert [image[0, 0, 0] for image in test.images[np.arange(4)]] == [0, 1, 2, 3]
     assert np.bincount(found.split("train").labels).tolist() == [4, 4, 4]
     assert sorted(path.relative_to(root) for path in root.rglob("*")) == before  # nothing is moved
+    annotations = root / "val" / "val_annotations.txt"
+    for wrong, message in (
+        (lines[:3], r"1 image not in this list, of 4 that are there: images/val_3\.JPEG"),
+        ([*lines, lines[1]], r"1 image more than once, expected once each: images/val_1\.JPEG"),
+        ([*lines, "val_9.JPEG\tn01\t0\t0\t1\t1"], r"1 image missing, of 5 in this list: images/val_9\.JPEG"),
+    ):
+        annotations.write_text("\n".join(wrong) + "\n")
+        with pytest.raises(UserError, match=r"val_annotations\.txt: " + message):
+            tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
     (root / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn09\t0\t0\t1\t1\n")
     with pytest.raises(UserError, match=r"val_annotations\.txt:1: 'n09' is no class"):
         tiny_imagenet(str(tmp_path / "cache"), root=str(root), val_images=3)
@@ -242,6 +282,64 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
         imagenet(cache, root=str(tmp_path))
 
 
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("gone", [1, 3])  # the last one once made a file that is too short
+def test_a_val_of_imagenet_with_other_images_than_its_list_is_refused(tmp_path, archived, gone):
+    root, cache = kaggle(tmp_path / "kaggle"), tmp_path / "cache"
+    val = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    name = f"ILSVRC2012_val_{gone}"
+    content = (val / f"{name}.JPEG").read_bytes()
+    (val / f"{name}.JPEG").unlink()
+    if archived:
+        packed(val.parent, "val")
+    message = rf"LOC_val_solution\.csv: 1 image missing, of 4 in this list: {name}\.JPEG$"
+    with pytest.raises(UserError, match=message):
+        imagenet(str(cache), root=str(root), edge=32, val_images=2)
+    assert not cache.exists()
+    if not archived:
+        write(val / f"{name}.JPEG", content)
+        solution = root / "LOC_val_solution.csv"
+        rows = solution.read_text().splitlines()
+        short = [row for row in rows if not row.startswith(name)]
+        for wrong, message in (
+            (short, rf"1 image not in this list, of 4 that are there: {name}\.JPEG"),
+            ([*rows, rows[1]], r"1 image more than once, expected once each: ILSVRC2012_val_2\.JPEG"),
+        ):
+            solution.write_text("\n".join(wrong) + "\n")
+            with pytest.raises(UserError, match=r"LOC_val_solution\.csv: " + message):
+                imagenet(str(cache), root=str(root), edge=32, val_images=2)
+
+
+@pytest.mark.parametrize("gone", [2, 7])  # in the middle, and the last
+def test_images_that_an_archive_does_not_give_leave_nothing_behind(tmp_path, gone):
+    root = tmp_path / "data"
+    for number in range(8):
+        write(root / "val" / f"{number}.png", png((number, 0, 0)))
+    packed(root, "val")
+    archive = Archive(root / "val.tar.gz")
+    files = [Labelled(name, 0) for name in archive.names()]
+    files[gone] = Labelled("other.png", 0)
+    with pytest.raises(UserError, match=r"toy val: 1 image missing, of 8: other\.png$"):
+        decoded(archive, files, 32, tmp_path / "cache", "toy val")
+    assert [path.suffix for path in (tmp_path / "cache" / "images").iterdir()] == [".lock"]
+
+
+def test_archives_that_are_cut_off_or_hold_a_file_twice_are_refused(tmp_path):
+    root, cache = class_folders(tmp_path / "data", ("train", "test"), CIFAR10), str(tmp_path / "cache")
+    packed(root, "train")
+    content = (root / "train.tar.gz").read_bytes()
+    (root / "train.tar.gz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"train\.tar\.gz: can't be read"):
+        cifar(cache, root=str(root), val_images=10)
+    (root / "train.tar.gz").write_bytes(content)
+    with tarfile.open(root / "test.tar", "w") as archive:
+        for _ in range(2):
+            archive.add(root / "test" / "cat", "test/cat")
+    (root / "test").rename(root / "unpacked")
+    with pytest.raises(UserError, match=r"test\.tar: 4 images more than once, .*: cat/cat_0\.png, cat/cat_1"):
+        cifar(cache, root=str(root), val_images=10)
+
+
 def idx(array) -> bytes:
     head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
     return head + array.tobytes()
@@ -273,11 +371,53 @@ def test_mnist_files(tmp_path, pack):
         mnist(CACHE, root=str(tmp_path), val_images=10)
 
 
+def mnist_t10k(root, labels):
+    write(root / "t10k-images-idx3-ubyte", idx(np.zeros((len(labels), 28, 28), np.uint8)))
+    write(root / "t10k-labels-idx1-ubyte", idx(np.array(labels, np.uint8)))
+    return root
+
+
 def test_test_files_alone_have_a_name_of_their_own(tmp_path):
-    write(tmp_path / "t10k-images-idx3-ubyte", idx(np.zeros((40, 28, 28), np.uint8)))
-    write(tmp_path / "t10k-labels-idx1-ubyte", idx(np.arange(40).astype(np.uint8) % 10))
-    found = mnist(CACHE, root=str(tmp_path), val_images=10)
+    root = str(mnist_t10k(tmp_path, np.arange(40) % 10))
+    found = mnist(CACHE, root=root, val_images=10)
     assert found.name == "mnist_t10k" and [len(one) for one in found.splits.values()] == [18, 10, 12]
+    for share, split in ((0.0, "test"), (1.0, "train")):
+        with pytest.raises(
+            UserError, match=f"data.test_share: {share} leaves no image for {split}; expected"
+        ):
+            mnist(CACHE, root=root, val_images=10, test_share=share)
+
+
+def test_labels_that_are_no_digits_are_named(tmp_path):
+    mnist_t10k(tmp_path, [*range(10), 25])  # as in EMNIST
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte: label 25, allowed: 0 to 9; is this EMNIST"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+
+
+@pytest.mark.parametrize(
+    "kind, length, message",
+    [
+        ("images-idx3", 0, "is no IDX file of bytes in 3 dimensions"),
+        ("images-idx3", 4, "4 bytes, its header alone has 16"),
+        ("images-idx3", 15, "15 bytes, its header alone has 16"),
+        ("images-idx3", 16, "0 values, its header says"),
+        ("labels-idx1", 7, "7 bytes, its header alone has 8"),
+    ],
+)
+def test_idx_files_that_end_in_their_header_are_named(tmp_path, kind, length, message):
+    path = mnist_t10k(tmp_path, np.arange(40) % 10) / f"t10k-{kind}-ubyte"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=rf"t10k-{kind}-ubyte: {message}"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+
+
+def test_idx_files_of_other_things_and_of_nothing_are_named(tmp_path):
+    mnist_t10k(tmp_path, [])
+    with pytest.raises(UserError, match="0 images and 0 labels of t10k"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
+    write(tmp_path / "t10k-images-idx3-ubyte", idx(np.zeros(40, np.uint8)))
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte: is no IDX file of bytes in 3 dimensions"):
+        mnist(CACHE, root=str(tmp_path), val_images=10)
 
 
 def test_rows_of_a_memory_map_are_not_read(tmp_path):
@@ -300,6 +440,21 @@ def test_digits_are_there_with_no_download():
     assert found.size == (1, 8, 8) and found.split("train").images.max() == 255
     assert found.split("test").names[-1] == "digit_1796"
     assert digits(CACHE).manifest("val") == found.manifest("val") != digits(CACHE, val_seed=1).manifest("val")
+
+
+@pytest.mark.parametrize("count", [1778, 1797, 2000])
+def test_a_test_split_that_leaves_digits_no_train_is_refused(count):
+    assert len(digits(CACHE, test_images=1777, val_images=10).split("train")) == 10
+    with pytest.raises(
+        UserError, match=f"^data.test_images: {count} is wrong for digits; expected 1 to 1777$"
+    ):
+        digits(CACHE, test_images=count)
+
+
+def test_a_train_split_that_val_would_empty_is_told():
+    split = ImageSplit(np.zeros((5, 1, 2, 2), np.uint8), np.array([0, 0, 1, 1, 2]), list("vwxyz"))
+    with pytest.raises(UserError, match="toy: train has 1 of class c, expected 2 images or more"):
+        with_val(ImageSet("toy", tuple("abc"), {"train": split}), 3, 0)
 
 
 @pytest.mark.parametrize("count", [0, 9, 1000])

@@ -97,17 +97,19 @@ def test_an_epoch_that_is_left_early_does_not_disturb_the_next(data, workers):
     assert content(batches.epoch(1)) == expected
 
 
-def test_an_epoch_shows_each_frame_once_and_drops_the_rest(data):
+def test_an_epoch_shows_each_frame_once(data):
     batches = training(data, batch_size=3)
     first, second = names(batches.epoch(0)), names(batches.epoch(1))
-    assert len(batches) == 3 and len(first) == len(set(first)) == len(set(second)) == 9
+    assert len(batches) == 4 and len(first) == len(set(first)) == len(set(second)) == 11
     assert first != second
     assert first != names(training(data, batch_size=3, seed=5).epoch(0))
 
 
-def test_over_the_epochs_no_frame_is_left_out(data):
-    batches = training(data, batch_size=3)
+def test_a_last_batch_of_one_is_dropped_and_over_the_epochs_no_frame_is_left_out(data):
+    batches = training(data, batch_size=5)
+    assert len(batches) == 2 and len(names(batches.epoch(0))) == 10
     assert len({name for epoch in range(6) for name in names(batches.epoch(epoch))}) == 11
+    assert len(training(data, batch_size=1)) == 11
 
 
 def test_a_frame_is_changed_by_its_own_seed(data):

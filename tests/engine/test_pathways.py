@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attacks.threat import Threat, is_inside
-from engine.adversarial import divergence
+from engine.adversarial import Attacked, divergence
 from engine.config import ClassifierTrain, RouterTraining
 from engine.pathways import (
     Inputs,
@@ -15,6 +15,7 @@ from engine.pathways import (
     adversary_of,
     balanced,
     classified,
+    given_router,
     imbalance,
     score_divergence,
     score_entropy,
@@ -120,6 +121,22 @@ def test_the_pathways_are_trained_given_the_router():
     assert moved(model.body, before) and count == 6
 
 
+def test_the_pathways_images_are_attacked_through_the_router():
+    """As those of AT(MoE) are, which trains the whole; a route that is kept gives others."""
+    model, (inputs, labels) = mixture().eval(), batch()
+    with torch.no_grad():
+        model.body.head.weight.mul_(100)
+    advmoe, at_moe = (
+        adversary_of(train(method=method)).attack(model, inputs, labels, 0) for method in ("advmoe", "at_moe")
+    )
+    assert torch.equal(advmoe.adversarial.images, at_moe.adversarial.images)
+    points = inputs.images.clone().requires_grad_()
+    whole = torch.autograd.grad(given_router(model, Inputs(points)).square().sum(), points)[0]
+    kept = model.route(model.gate_logits(inputs.images)).detach()
+    alone = torch.autograd.grad(model.forward_given(points, kept).square().sum(), points)[0]
+    assert (whole.sign() != alone.sign()).float().mean() > 0.1
+
+
 def test_at_moe_trains_both_at_once():
     model, (inputs, labels) = mixture(), batch()
     adversary = adversary_of(train(method="at_moe"))
@@ -159,6 +176,24 @@ def test_the_attack_on_the_router_moves_its_scores_more_than_noise_does():
     assert apart[0] > 3 * apart[1]
 
 
+@pytest.mark.parametrize("constant", ["scores", "logits"])
+def test_a_joint_attack_moves_scores_and_logits(constant):
+    """Where one of them is constant it is the other that it moves; what attacks the scores alone moves no logits."""
+    model, (inputs, labels) = mixture().eval(), batch()
+    with torch.no_grad():
+        model.body.head.weight.mul_(100)
+        {"scores": model.router.head, "logits": model.body.head}[constant].weight.zero_()
+    joint, router = (
+        router_phase(attack=attack).attack(model, inputs, labels, 0) for attack in ("joint", "router")
+    )
+    if constant == "logits":
+        assert torch.equal(joint.adversarial.images, router.adversarial.images)
+        return
+    clean = model(inputs.images)
+    apart = [divergence(clean, model(one.adversarial.images)).mean() for one in (joint, router)]
+    assert apart[0] > 3 * apart[1]
+
+
 def test_what_is_attacked_follows_from_the_number_of_the_image():
     model, (inputs, labels) = mixture(), batch()
     model.eval()
@@ -170,31 +205,73 @@ def test_what_is_attacked_follows_from_the_number_of_the_image():
     assert not torch.allclose(phase.attack(model, inputs, labels, 11).adversarial.images, whole, atol=1e-3)
 
 
-def test_the_loss_of_label_mod_is_written_out():
+def test_rows_of_the_inputs_keep_their_own_clusters():
+    inputs = Inputs(torch.rand(5, 1, 2, 2), torch.tensor([3, 1, 4, 0, 2]))
+    part = inputs[torch.tensor([4, 2])]
+    assert torch.equal(part.images, inputs.images[[4, 2]]) and part.clusters.tolist() == [2, 4]
+    assert Inputs(inputs.images)[torch.tensor([4])].clusters is None
+
+
+def test_the_router_s_images_start_from_other_points_than_those_of_the_pathways():
+    model, (inputs, labels) = mixture(), batch()
+    still = train(step_size=1e-9)  # the attacked images are the random points that they start from
+    phases = adversary_of(still), RouterPhase(still, RouterTraining())
+    first, second = (phase.attack(model, inputs, labels, 0).adversarial.images for phase in phases)
+    assert (first - inputs.images).abs().mean() > 0.3 * EPS and (first - second).abs().mean() > 0.3 * EPS
+
+
+@pytest.mark.parametrize("target", ["label_mod", "cluster"])
+def test_the_loss_of_a_target_that_is_told_is_written_out(target):
     model, (inputs, labels) = mixture(experts=3), batch()
-    phase = router_phase(target="label_mod", beta=2.0, balance=0.5)
+    wanted = {"label_mod": [0, 1, 2, 0, 1, 0], "cluster": [0, 1, 0, 1, 0, 1]}[target]
+    phase = router_phase(target=target, beta=2.0, balance=0.5)
     attacked = phase.attack(model, inputs, labels, 0)
     total, _ = phase.loss(model, attacked, labels)
-    model.body.eval()
     with torch.no_grad():
-        for module in model.router.modules():  # the same batch statistics again
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.0
         clean, other = (model.gate_logits(one.images) for one in (attacked.clean, attacked.adversarial))
-        expected = F.cross_entropy(clean.flatten(2)[0], labels % 3, reduction="sum")
+        expected = F.cross_entropy(clean.flatten(2)[0], torch.tensor(wanted), reduction="sum")
         expected += 2.0 * score_divergence(clean, other).sum() + 0.5 * 6 * imbalance(clean)
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_the_router_s_gradient_is_the_same_with_any_weight_of_what_does_not_reach_it():
-    """The task's loss reaches the router through the routes alone: with all scores constant, nothing does."""
-    model, (inputs, labels) = mixture(), batch()
+def rerouted():
+    """(mixture, images as they were and others in place of the attacked ones, some on another route, labels)."""
+    model, (inputs, labels) = mixture().eval(), batch()
     with torch.no_grad():
-        model.router.head.weight.zero_()
-    phase = router_phase(target="task", beta=0.0)
-    total, _ = phase.loss(model, phase.attack(model, inputs, labels, 0), labels)
-    (grad,) = torch.autograd.grad(total, [model.router.conv.weight])
-    assert (grad == 0).all()
+        model.body.head.weight.mul_(100)
+    others = Inputs(inputs.images.flip(0), inputs.clusters)
+    routes = [model.inspect(one.images).routes for one in (inputs, others)]
+    assert 0 < (routes[0] != routes[1]).sum() < 6
+    return model, Attacked(inputs, others, torch.arange(6)), labels
+
+
+def test_the_loss_of_the_task_is_written_out():
+    model, attacked, labels = rerouted()
+    phase = RouterPhase(train(beta=3.0), RouterTraining(target="task", beta=2.0))
+    total, _ = phase.loss(model, attacked, labels)
+    clean, other = (model.inspect(one.images) for one in (attacked.clean, attacked.adversarial))
+    p, q = clean.logits.softmax(1), other.logits.softmax(1)
+    trades = F.cross_entropy(clean.logits, labels, reduction="sum") + 3.0 * (p * (p / q).log()).sum()
+    r, s = clean.scores.softmax(2), other.scores.softmax(2)
+    assert total.item() == pytest.approx((trades + 2.0 * (r * (r / s).log()).sum()).item(), rel=1e-4)
+
+
+def test_the_task_reaches_the_router_through_the_routes_alone():
+    """Its gradient is the slope of the loss along the weights of both passes, times that of the softmax."""
+    model, attacked, labels = rerouted()
+    own, beta = list(model.router.parameters()), train().beta
+    found = torch.autograd.grad(router_phase(target="task", beta=0.0).loss(model, attacked, labels)[0], own)
+    pairs = [(one.images, model.gate_logits(one.images)) for one in (attacked.clean, attacked.adversarial)]
+    weights = [model.route(scores).detach().requires_grad_() for _, scores in pairs]
+    logits, other = (
+        model.forward_given(images, given) for (images, _), given in zip(pairs, weights, strict=True)
+    )
+    total = F.cross_entropy(logits, labels, reduction="sum") + beta * divergence(logits, other).sum()
+    slopes = torch.autograd.grad(total, weights)
+    expected = torch.autograd.grad([scores.softmax(2) for _, scores in pairs], own, slopes)
+    assert all(slope.abs().sum() > 0 for slope in slopes) and expected[0].abs().sum() > 0
+    for one, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(one, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
 
 
 def test_images_stay_inside_the_ball_of_the_threat():

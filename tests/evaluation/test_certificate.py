@@ -19,8 +19,9 @@ from evaluation.certificate import (
 from evaluation.plan import Scene, Setup
 from evaluation.targets import target_of
 from networks.ensemble import Ensemble, mean
+from networks.external import External
 from networks.gates import ClasswiseGate, SimpleGate
-from networks.moe import MixtureOfExperts
+from networks.moe import Frozen, MixtureOfExperts
 from networks.normalize import Normalize
 from networks.spatial_gate import SpatialGate
 
@@ -280,6 +281,53 @@ def scenes(count=2):
         labels = torch.randint(0, 4, (2, 8, 8), generator=dice)
         labels[0, 0] = 255
         yield Scene(one, labels, (f"{batch}a", f"{batch}b"), (f"{batch}", f"{batch}"))
+
+
+SMALL = """
+import torch
+from torch import nn
+
+def build(num_classes, stride=1):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride, 1), nn.ReLU(), nn.Conv2d(4, num_classes, 1))
+"""
+
+
+def external(folder, **keys):
+    (folder / "net.py").write_text(SMALL)
+    return External(3, file=str(folder / "net.py"), **keys).eval()
+
+
+def test_an_external_network_is_certified_as_what_it_holds(tmp_path):
+    images, labels = torch.rand(2, 3, 8, 8), torch.randint(3, (2, 8, 8))
+    network = external(tmp_path, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.2])
+    inside = nn.Sequential(network.normalize, network.network).eval()
+    found = certify(network, images, labels, 0.002)
+    assert torch.equal(found.right, certify(inside, images, labels, 0.002).right) and found.right.any()
+    assert torch.equal(certify(Frozen(network), images, labels, 0.002).right, found.right)
+    right = network(images).argmax(1) == labels
+    assert torch.equal(
+        certify(external(tmp_path), images, labels, 0.0).right, external(tmp_path)(images).argmax(1) == labels
+    )
+    assert (right | ~found.right).all()
+    assert certify(external(tmp_path, stride=4), images, labels, 0.002).reason.endswith("through External")
+
+
+def test_smaller_logits_are_certified_at_the_size_of_the_image(tmp_path):
+    network, images = external(tmp_path, args={"stride": 2}), torch.rand(2, 3, 8, 8)
+    labels = network(images).argmax(1)
+    assert certify(network, images, labels, 0.0).right.all()
+    found = certify(network, images, labels, 0.004).right
+    threat = Threat(0.004, "linf", None, (0, 1))
+    attacked = pgd(network, images, labels, threat, steps=20).images
+    assert found.any() and (network(attacked).argmax(1) == labels)[found].all()
+
+
+def test_a_network_that_is_no_module_gets_none(tmp_path):
+    (tmp_path / "net.py").write_text("def build(num_classes):\n    return lambda images: images\n")
+    network = External(3, file=str(tmp_path / "net.py"))
+    images, labels = torch.rand(1, 3, 4, 4), torch.zeros(1, 4, 4, dtype=torch.int64)
+    assert "no interval bounds through" in certify(network, images, labels, 0.1).reason
 
 
 def test_shares_of_targets_are_taken_over_all_labelled_pixels_of_all_batches():

@@ -53,6 +53,22 @@ def clean():
     return Clean(np.array(made.IMAGES), labels, tuple("abcd"), {MOE: moe, PLAIN: Answers(plain)}, "test")
 
 
+def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
+    both = clean()
+    shares = np.tile(np.float32([0.25, 0.75]), (12, 1))
+    both.answers[MOE] = Answers(both.answers[MOE].ranked, shares=shares)
+    write_classifier_tables(tmp_path, both, ABOUTS, "toy", {})
+    figures = {
+        row["metric"]: row["value"] for row in rows_of(tmp_path / "results.csv") if row["model"] == MOE
+    }
+    assert set(figures) == {"top1", "load_0", "load_1", "effective_experts"}
+    assert (float(figures["load_0"]), float(figures["load_1"])) == (0.25, 0.75)
+    text = (tmp_path / "classifiers.md").read_text()
+    assert f"| {MOE} | 1.75 | 25.00 | - | - | 75.00 | - | - | - | - | 91.67 | - |" in text
+    assert "takes none of these routes; load is the share of the weight there" in text
+    assert "images of each label" not in text and rows_of(tmp_path / "routes.csv") == []
+
+
 def write(folder, names=(SUITE, AUTOATTACK)):
     ledgers = {}
     if SUITE in names:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import UserError
 from evaluation.classifiers import (
     Answers,
     accuracies,
@@ -85,7 +86,7 @@ def test_nothing_depends_on_the_batches_and_chance_on_its_seed():
     for size in (1, 7):
         parts = answers(model, batches(size), CPU)
         for key, value in vars(whole).items():
-            assert (getattr(parts, key) == value).all(), (size, key)
+            assert np.array_equal(getattr(parts, key), value), (size, key)
     other = answers(model, batches(COUNT), CPU, seed=1)
     assert (other.by_chance != whole.by_chance).any() and (other.alone == whole.alone).all()
 
@@ -137,7 +138,7 @@ def test_a_plain_network_has_answers_alone():
 class Spatial(nn.Module):
     """A routed model with a weight for each class: class k of expert e is e + 1 where the weight is, else 0."""
 
-    num_experts, routing = 2, "soft"
+    num_experts, routing = 2, "hard"
 
     def gate_logits(self, images):
         lead = torch.tensor(
@@ -158,6 +159,39 @@ def test_a_site_for_each_class_where_weights_have_them():
     assert found.routes.tolist() == [[0, 1, 1]] * COUNT
     assert found.alone.tolist() == [[0, 1]] * COUNT and found.said.tolist() == [1] * COUNT
     assert found.taken.tolist() == [1] * COUNT and loads(found).tolist() == pytest.approx([1 / 3, 2 / 3])
+
+
+@pytest.mark.parametrize("granularity", ["model", "stage"])
+def test_a_mixture_of_the_k_best_takes_no_route_and_its_loads_are_its_weights(granularity):
+    model, truth = mixture(granularity, top_k=2), labels()
+    found = answers(model, batches(5), CPU)
+    assert found.routed and found.experts == EXPERTS
+    assert (found.routes, found.alone, found.by_chance) == (None, None, None)
+    whole = np.zeros(EXPERTS)
+    with torch.no_grad():
+        for place, image in enumerate(shown()):
+            assert found.said[place] == model(image[None]).argmax()
+            own = np.zeros(EXPERTS)
+            for scores in model.inspect(image[None]).scores[:, 0]:
+                best = scores.sort(descending=True).indices[:2]
+                own[best.numpy()] += scores[best].softmax(dim=0).numpy() / len(model.gate_logits(image[None]))
+            np.testing.assert_allclose(found.shares[place], own, atol=1e-5)
+            whole += own / COUNT
+    np.testing.assert_allclose(loads(found), whole, atol=1e-5)
+    assert (np.sort(whole) > 0.05).all() and 1 < balance(found) < EXPERTS + 1e-9
+    assert set(accuracies(found, truth, CLASSES)) == {"top1", "top5"}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_are_no_answers(bad):
+    class Broken(nn.Module):
+        def forward(self, images):
+            logits = images.flatten(1)[:, :CLASSES].clone()
+            logits[images[:, 0, 0, 0] == shown()[9, 0, 0, 0], 3] = bad
+            return logits
+
+    with pytest.raises(UserError, match=r"^models.x: NaN or inf among its logits of .*, first of image 9: "):
+        answers(Broken(), batches(5), CPU, name="models.x")
 
 
 def test_of_equal_logits_the_lowest_class_is_first():

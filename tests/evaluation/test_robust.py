@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from attacks.pgd import pgd
 from attacks.threat import TOLERANCE
 from engine.config import UserError
 from evaluation.adversarials import load_adversarials
@@ -107,6 +108,29 @@ def test_records_are_what_the_unmodified_network_says_of_images_inside_the_ball(
             assert torch.equal(kept[own], images[place])
         attacked += change > 0.9 * unit.eps > 0
     assert attacked > 300
+
+
+@pytest.mark.parametrize("incumbent", ["images", "balanced"])
+def test_images_of_an_attack_that_leave_the_ball_get_no_record(tmp_path, monkeypatch, incumbent):
+    def too_far(model, images, labels, threat, **keys):
+        found = pgd(model, images, labels, threat, **keys)
+        further = (getattr(found, incumbent) - images) * 1.01 + images
+        return replace(found, **{incumbent: further.clamp(0, 1)})
+
+    monkeypatch.setattr("attacks.pgd.pgd", too_far)
+    with pytest.raises(AssertionError, match="an adversarial image is 0.0079.* from its image"):
+        toy.run(tmp_path)
+    manifest, units = read_manifest(tmp_path / "ledger"), read_units(tmp_path / "ledger")
+    assert {unit.eps for unit in units_of(manifest) if unit.name in units} == {0}
+
+
+def test_images_that_leave_the_ball_when_they_are_rounded_get_no_record(tmp_path, monkeypatch):
+    def rounded_up(points, images, threat):
+        return (points * 255 + 0.4).round().clamp(0, 255) / 255
+
+    monkeypatch.setattr("evaluation.robust.quantised", rounded_up)
+    with pytest.raises(AssertionError, match="an adversarial image is 0.0117.* from its image"):
+        toy.run(tmp_path, adversarials="uint8", eps=(2.4 / 255,))
 
 
 def test_an_eps_that_bytes_cannot_hold_is_refused():

@@ -50,7 +50,7 @@ def ledger(
 ):
     """(manifest, units) where `right(target, eps, attack, image index, incumbent)` says what is right, and
     `gate_free` of the same what every gate leaves right. keys: of all attacks."""
-    roles = {"mean": "ensemble", "moe": "gate", "other": "gate"}
+    roles = {"mean": "ensemble", "moe": "gate", "other": "gate", "theirs": "baseline"}
     manifest = {
         "protocol": {"classes": ["road", "sky", "rail"], "seed": 7, "threads": 1, "split": "test"},
         "suite": "quick",
@@ -60,7 +60,7 @@ def ledger(
             {
                 "name": name,
                 "role": roles[name],
-                "identity": {"kind": "soft", "experts": 2},
+                "identity": {"kind": "ensemble" if name == "mean" else "soft", "experts": 2},
                 "members": [
                     {
                         "name": attack,
@@ -332,6 +332,15 @@ def test_what_attacks_find_that_know_the_gate_has_an_interval():
     assert (row["value"], row["ci_low"], row["ci_high"]) == (gap.value, low, high)
     assert {one.value for one in found.gaps("mean", LARGE).values()} == {0}
     assert "Common minus adaptive worst case" not in robust_markdown(results(targets=("mean",)))
+
+
+def test_a_mixture_of_others_is_compared_as_one_whatever_its_role():
+    found = results(targets=("mean", "theirs"))
+    assert found.mixtures == ["theirs"] and found.rivals == ["mean"]
+    assert set(found.differences(LARGE, "adaptive")) == {("theirs", "mean")}
+    text = robust_markdown(found)
+    assert "- theirs: " in text[text.index("Common minus adaptive worst case") :]
+    assert "theirs - mean = " in text
 
 
 def test_seconds_stand_in_a_table_of_their_own():

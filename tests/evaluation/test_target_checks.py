@@ -310,3 +310,26 @@ def test_a_gradient_that_reaches_only_the_winner_fires_gate_gradient():
     )
     (finding,) = checks.gate_gradient(target(model, "soft", 2), images, labels, threat)
     assert finding.severity == "flag" and "1 of 2 experts" in finding.text
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_of_a_mixture_of_the_k_best_only_those_are_asked_for_a_gate_gradient(blind):
+    """The third expert is never among the two best: no gradient by its logit is no sign of a hidden gate."""
+    _, images, labels, threat = trap("soft")
+    model = Gate("soft", lambda logits: torch.cat([logits, logits[:, :, :1] - 50], dim=2))
+    model.num_experts, model.top_k = 3, 2
+    before = model.gate_and_mix
+
+    def gate_and_mix(images):
+        gate_logits, mix = before(images)
+        return gate_logits, lambda weights: mix(weights[:, :, :2])
+
+    def route(logits):
+        best = logits.topk(2, dim=2)
+        weights = torch.zeros_like(logits).scatter(2, best.indices, best.values.softmax(dim=2))
+        return weights.detach() if blind else weights
+
+    model.route, model.gate_and_mix = route, gate_and_mix
+    (finding,) = checks.gate_gradient(target(model, "soft", 3), images, labels, threat)
+    assert finding.severity == ("flag" if blind else "ok")
+    assert f"gate logits of {0 if blind else 2} of 2 experts" in finding.text

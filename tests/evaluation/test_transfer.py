@@ -12,7 +12,14 @@ from attacks.pgd import pgd
 from attacks.threat import Threat
 from engine.config import UserError, component
 from evaluation.targets import Target
-from evaluation.transfer import Transfer, cross_counts, stronger_than_white_box, transfer, transfer_table
+from evaluation.transfer import (
+    Transfer,
+    below_worst_case,
+    cross_counts,
+    stronger_than_white_box,
+    transfer,
+    transfer_table,
+)
 from metrics.confusion import confusion
 
 CLASSES = 3
@@ -140,6 +147,16 @@ def test_figures_by_hand():
         "| a | 62.50 | 87.50 |",
         "| b | 37.50 | 0.00 |",
     ]
+
+
+def test_a_worst_case_above_what_transfers_is_flagged():
+    rows = [row | {"eps": 0.1, "attack": "pgd"} for row in by_hand().rows(["one", "two"])]
+    found = below_worst_case(rows, lambda target, eps: {"a": 0.5, "b": 0.0}[target])
+    (flag,) = found
+    assert (flag.check, flag.target, flag.eps, flag.severity) == ("weaker attacks", "a", 0.1, "flag")
+    assert "made for b leave 37.50 % of accuracy, the worst case of the suite is 50.00 %" in flag.text
+    within = {"a": 3 / 8 + 0.001, "b": 0.0}
+    assert below_worst_case(rows, lambda target, eps: within[target]) == []
 
 
 def test_intervals_are_over_blocks_and_differences_paired():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from engine.config import UserError
-from evaluation.beside import CERTIFICATES, write_beside
+from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
+from evaluation.findings import Finding
 from evaluation.ledger import canonical, digest, read_manifest, read_units
 from evaluation.plan import units_of
 from evaluation.robust import attack_all
@@ -34,9 +35,9 @@ def folder(honest, tmp_path):
     return shutil.copytree(honest, tmp_path / "submission")
 
 
-def checked(folder, targets=None, scenes=None):
+def checked(folder, targets=None, scenes=None, **keys):
     setup = toy.setup(adversarials="uint8")
-    return verify(folder, targets or toy.targets(), toy.members(), setup, scenes or toy.scenes())
+    return verify(folder, targets or toy.targets(), toy.members(), setup, scenes or toy.scenes(), **keys)
 
 
 def rewrite(folder, change, tables=True):
@@ -65,7 +66,60 @@ def test_the_truth_is_confirmed(honest):
     assert verdict.problems == [] and verdict.tipped == 0
     assert verdict.units == len(units) == 3 * 3 * (1 + 2 * 3)
     assert verdict.images == sum(len(records) for records in read_units(honest / "ledger").values())
-    assert verdict.lines()[-1] == "verified" and "every pixel count is the recorded one" in verdict.lines()[0]
+    assert "every pixel count is the recorded one" in verdict.lines()[0]
+    assert verdict.lines()[-1] == "verified, but for the attacks: none was run again (--rerun N)"
+
+
+def test_attacks_that_are_run_again_say_the_same(honest):
+    verdict = checked(honest, rerun=1000)
+    valid, recorded, here = verdict.pixels
+    assert verdict.problems == [] and verdict.lines()[-1] == "verified"
+    assert len(set(verdict.rerun)) == 3 * 3 * 2 * 3 and 0 < recorded == here < valid
+    assert "54 units of work run again" in "\n".join(verdict.lines())
+    assert len(checked(honest, rerun=2).rerun) == 2
+
+
+def test_attacks_that_were_never_run_are_found_by_running_them(folder):
+    """Clean images in place of the attacked ones, scored truly: a network that withstands everything."""
+    records = read_units(folder / "ledger")
+    units = {unit.name: unit for unit in units_of(read_manifest(folder / "ledger"))}
+    clean = {unit.target: {} for unit in units.values()}
+    for name, unit in units.items():
+        if unit.member == "clean":
+            clean[unit.target] |= {(one["image"], one["incumbent"]): one for one in records[name]}
+    scored = ("cells", "linf", "l2", "weights", "shares", "expert_right", "gate_free", "route", "flips", "margin",
+              "least_margin", "entropy")  # fmt: skip
+
+    def flatter(line):
+        same = clean[line["target"]][line["image"], line["incumbent"]]
+        line.update({key: same[key] for key in scored if key in same})
+
+    for name, unit in units.items():
+        source = next(one for one in units.values() if (one.target, one.batch, one.member) == (
+            unit.target, unit.batch, "clean"))  # fmt: skip
+        kept = folder / "ledger" / "adversarials"
+        if name != source.name:
+            shutil.copy(kept / f"{source.name}.npz", kept / f"{name}.npz")
+    rewrite(folder, flatter)
+    assert checked(folder).problems == []
+    (problem,) = checked(folder, rerun=1000).problems
+    assert "attacks run again leave" in problem
+
+
+def test_flags_that_were_erased_are_found(folder, monkeypatch):
+    found = [
+        Finding("gate gradient", "gate", None, "", "flag", "no gradient"),
+        Finding("identity", "gate", None, "", "ok", "nothing"),
+    ]
+    monkeypatch.setattr("evaluation.verify.check_first", lambda *_: found)
+    write_beside(folder / FINDINGS, found)
+    write_robust(folder, folder / "ledger")
+    assert checked(folder, checks=True).problems == []
+    write_beside(folder / FINDINGS, found[1:])
+    write_robust(folder, folder / "ledger")
+    assert checked(folder).problems == []
+    (problem,) = checked(folder, checks=True).problems
+    assert problem == "findings.json lacks a flag: gate: gate gradient: no gradient"
 
 
 def test_records_that_say_more_than_the_network_are_found(folder):

@@ -144,6 +144,27 @@ def test_policies_on_a_class_that_is_only_predicted_and_one_in_neither():
         miou(matrix, "skip")
 
 
+@pytest.mark.parametrize(
+    ("labels", "predictions", "ignored", "iou", "mean"),
+    [
+        ([2, 1, 0, 0], [2, 1, 0, 1], 255, [1 / 2, 1 / 2, 1], 0.6667),
+        ([2, 1, 0, 0], [2, 1, 0, 1], 0, [np.nan, 1, 1], 1.0),
+        ([0, 1, 0, 0], [0, 1, 0, 1], 255, [2 / 3, 1 / 2, np.nan], 0.58333),
+    ],
+)
+def test_ious_of_four_pixels_by_hand(labels, predictions, ignored, iou, mean):
+    matrix = confusion(torch.tensor([predictions]), torch.tensor([labels]), 3, ignored)[0].numpy()
+    assert np.allclose(iou_per_class(matrix), iou, equal_nan=True)
+    assert miou(matrix, "nan") == pytest.approx(mean, abs=5e-5)
+
+
+def test_a_perfect_prediction_of_an_image_that_is_half_void_is_all_right():
+    labels = torch.arange(16).view(1, 4, 4) % 3
+    predictions, labels[:, 2:] = labels.clone(), 255
+    matrix = confusion(predictions, labels, 3)[0].numpy()
+    assert matrix.sum() == 8 and aacc(matrix) == 1.0 and miou(matrix) == 1.0
+
+
 def test_a_stack_of_matrices_gives_each_its_own_figure_and_figures_ignore_the_order_of_classes():
     stack = np.random.default_rng(0).integers(0, 9, (2, 3, K, K))
     stack[0, 0] = 0

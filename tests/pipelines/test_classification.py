@@ -8,9 +8,10 @@ import torch
 from dataloaders.image_batches import EvalBatches
 from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.config import ConfigError, UserError, from_dict
+from engine.pathways import RouterPhase
 from networks.cnn_moe.model import CNN
 from networks.cnn_moe.sparse import SparseCNN
-from pipelines.classification import attacked_part, build, clusters_of, phases_of, train
+from pipelines.classification import attacked_part, build, clusters_of, norm_maps, phases_of, train
 from pipelines.classifier_validation import validated
 from pipelines.cli import Options, main
 from pipelines.export import export
@@ -21,10 +22,10 @@ PLAIN = {"name": "cnn", "arch": "resnet18", "ratio": 0.03}
 SPARSE = {"name": "sparse_cnn", "arch": "densenet", "ratio": 0.25}
 
 
-def config(tmp_path, network=ROUTED, name="run", **keys):
+def config(tmp_path, network=ROUTED, name="run", data=None, **keys):
     own = {"method": "advmoe", "epochs": 1, "batch_size": 256, "eps": 0.1, "val_images": 20, "val_steps": 2,
            "tensorboard": False, "optimizer": {"name": "sgd", "lr": 0.05}, **keys}  # fmt: skip
-    data = {"name": "digits", "test_images": 1200, "val_images": 50, "pad": 1, "flip": False}
+    data = {"name": "digits", "test_images": 1200, "val_images": 50, "pad": 1, "flip": False, **(data or {})}
     plain = {"name": name, "output": str(tmp_path), "data": data, "network": network}
     return from_dict({**plain, "train": {key: value for key, value in own.items() if value is not None}})
 
@@ -91,13 +92,31 @@ def test_the_router_learns_what_it_is_told(tmp_path, router):
         assert set(clusters.tolist()) == {0, 1, 2}
 
 
+def test_every_image_comes_with_its_own_cluster(tmp_path, monkeypatch):
+    given, whole = [], RouterPhase.loss
+
+    def loss(phase, model, inputs, labels):
+        given.extend(zip(inputs.clean.images, inputs.clean.clusters.tolist(), strict=True))
+        return whole(phase, model, inputs, labels)
+
+    monkeypatch.setattr(RouterPhase, "loss", loss)
+    one = config(tmp_path, router={"target": "cluster"}, data={"pad": 0})
+    train(one, Options(device="cpu"))
+    images = one.data.build(one.data.cache_dir)
+    pixels, clusters = images.split("train").images, clusters_of(one, images).tolist()
+    own = {image.tobytes(): cluster for image, cluster in zip(pixels, clusters, strict=True)}
+    assert len(given) == len(pixels) and len(set(clusters)) == 3
+    assert all(own[(image * 255).round().byte().numpy().tobytes()] == cluster for image, cluster in given)
+
+
 def test_a_balanced_start_gives_every_expert_images(tmp_path):
+    """Of this seed one expert has them all without it."""
     loads = {}
     for start in (True, False):
-        _, rows, _, _ = run(tmp_path, name=f"start_{start}", balanced_start=start, method="trades",
+        _, rows, _, _ = run(tmp_path, name=f"start_{start}", balanced_start=start, method="trades", seed=0,
                             optimizer={"name": "sgd", "lr": 1e-9})  # fmt: skip
         loads[start] = max(float(rows[0][f"load_{e}"]) for e in range(3))
-    assert loads[True] < 0.95
+    assert loads[True] < 0.95 < loads[False]
 
 
 def test_training_starts_from_another_run_of_an_equal_network(tmp_path):
@@ -128,6 +147,64 @@ def test_balance_needs_a_router(tmp_path):
     with pytest.raises(ConfigError, match="train.router: has no effect: a cnn has none"):
         config(tmp_path, {"name": "cnn", "arch": "resnet18", "ratio": 0.125, "stem": "cifar"}, method="trades",
                router={"balance": 0.1})  # fmt: skip
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        ({"arch": "vgg16"}, "vgg16 with stem: cifar and enlarge: 1; network.enlarge: 2 is enough"),
+        (
+            {"arch": "vgg16_bn", "stem": "imagenet", "enlarge": 2},
+            "vgg16_bn with stem: imagenet and enlarge: 2; network.enlarge: 4 is enough",
+        ),
+        (
+            {"arch": "densenet", "stem": "imagenet", "num_experts": 2},
+            "densenet with stem: imagenet and enlarge: 1; network.enlarge: 2 is enough",
+        ),
+    ],
+)
+def test_images_that_are_too_small_for_a_network_are_refused(tmp_path, network, told, dry):
+    kind = "cnn_moe" if "num_experts" in network else "cnn"
+    one = config(tmp_path, {"name": kind, "ratio": 0.03, **network}, method="trades")
+    with pytest.raises(UserError) as error:
+        train(one, Options(device="cpu", dry_run=dry))
+    assert str(error.value) == f"network.arch: images of 8 x 8 are too small for {told}"
+    assert not (tmp_path / "run").exists()
+    fits = {"name": kind, "ratio": 0.03, **network, "enlarge": int(told.split()[-3])}
+    train(config(tmp_path, fits, method="trades"), Options(device="cpu", dry_run=True))
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("network", [ROUTED, {**PLAIN, "stem": "imagenet"}, {**SPARSE, "arch": "resnet18"}])
+def test_one_image_a_batch_is_refused_where_batchnorm_would_see_one_value(tmp_path, network, dry):
+    one = config(tmp_path, network, method="trades", batch_size=1)
+    with pytest.raises(
+        UserError, match=r"^train.batch_size: 1 is wrong for images of 8 x 8: .*; take 2 or more$"
+    ):
+        train(one, Options(device="cpu", dry_run=dry))
+    assert not (tmp_path / "run").exists()
+    for keys in ({"batch_size": 2}, {"network": {**network, "enlarge": 8}, "batch_size": 1}):
+        fits = config(tmp_path, **{"network": network, "method": "trades", **keys})
+        train(fits, Options(device="cpu", dry_run=True))
+
+
+def test_looking_at_the_maps_leaves_a_network_as_it_is():
+    torch.manual_seed(0)
+    model = CNN(10, arch="resnet18", ratio=0.03).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert min(norm_maps(model, (1, 16, 16))) == 4 and model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any(one._forward_pre_hooks for one in model.modules())
+
+
+def test_robust_top1_is_no_monitor_where_nothing_attacks_the_validation(tmp_path):
+    with pytest.raises(
+        ConfigError, match="train.monitor: robust_top1 is unknown as nothing attacks .*val_eps"
+    ):
+        config(tmp_path, PLAIN, method="standard", eps=None, monitor="robust_top1")
+    config(tmp_path, PLAIN, method="standard", eps=None, val_eps=0.1, monitor="robust_top1")
+    config(tmp_path, PLAIN, method="trades", monitor="robust_top1")
 
 
 def test_a_router_that_was_trained_is_not_balanced_anew(tmp_path):
@@ -173,7 +250,10 @@ def test_training_goes_on_from_an_exported_pathway(tmp_path):
     assert result.steps == 3 and 0 < float(rows[0]["loss"]) < 100 and len(told) == 1
     about = load_metadata(folder / "checkpoints" / "best.safetensors")["start_from"]
     source = load_metadata(tmp_path / "out" / "best.safetensors")
-    assert about == {"path": str(tmp_path / "out"), "sha256": source["tensors_sha256"]}
+    saw = [{"data": source["exported_from"]["config"]["data"], "manifest": images.manifest("train")}]
+    assert about == {
+        "path": str(tmp_path / "out"), "sha256": source["tensors_sha256"], "trainings": saw,
+    }  # fmt: skip
     assert "which is new" not in (folder / "log.txt").read_text()
 
 
@@ -288,6 +368,25 @@ def test_norms_and_biases_do_not_decay(tmp_path):
         assert {p.ndim for p in others["params"]} == {1} and min(p.ndim for p in weights["params"]) == 2
         given = {id(p) for group in (weights, others) for p in group["params"]}
         assert given == {id(p) for p in phase.parameters}
+
+
+def test_the_router_has_a_recipe_of_its_own(tmp_path):
+    """Its optimizer and schedule where they are given, those of the training elsewhere."""
+    common = {"schedule": {"name": "step", "milestones": [0.5], "gamma": 0.5}}
+    own = {
+        "optimizer": {"name": "adamw", "lr": 0.003},
+        "schedule": {"name": "step", "milestones": [0.5], "gamma": 0.1},
+    }
+    expected = {"optimizer": (torch.optim.AdamW, 0.003, 0.5), "schedule": (torch.optim.SGD, 0.05, 0.1)}
+    for key, recipe in expected.items():
+        one = config(tmp_path, router={key: own[key]}, **common)
+        pathways, router = phases_of(one, build(one, one.data.build(one.data.cache_dir)), 4)
+        for phase, (kind, lr, factor) in ((pathways, (torch.optim.SGD, 0.05, 0.5)), (router, recipe)):
+            assert type(phase.optimizer) is kind and phase.optimizer.param_groups[0]["lr"] == lr
+            for _ in range(2):
+                phase.optimizer.step()
+                phase.scheduler.step()
+            assert phase.optimizer.param_groups[0]["lr"] == pytest.approx(factor * lr)
 
 
 def test_a_dry_run_tells_the_costs_and_writes_nothing(tmp_path, capsys):

@@ -58,6 +58,22 @@ def test_sums_of_a_residual_network_keep_their_channels():
     assert cost.executed == macs / 1e9
 
 
+@pytest.mark.parametrize("granularity", ["model", "stage", "layer"])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_mixture_of_the_k_best_costs_k_experts_and_what_they_share_once(top_k, granularity):
+    keys = {"arch": "resnet18", "ratio": 0.1, "num_experts": 4, "granularity": granularity, "top_k": top_k}
+    model = CNNMoE(10, **keys)
+    cost, whole = cost_of(model, (1, 16, 16)), sum(one.numel() for one in model.parameters())
+    unused = sum(conv.weight.numel() for conv in model.body.expert_convs()) * (4 - top_k) // 4
+    assert cost.parameters == whole and cost.active == whole - unused
+    assert cost.pathway + cost.router == pytest.approx(cost.executed, rel=1e-12)
+    alone = cost_of(model.pathway(0), (1, 16, 16)).executed
+    stem = 27 * 6 * 16**2 / 1e9  # and the classifier of 51 features, which is shared as well
+    assert cost.pathway == pytest.approx(top_k * alone - (top_k - 1) * (stem + 51 * 10 / 1e9), rel=1e-9)
+    told = "a pathway" if top_k == 1 else f"{top_k} of 4 pathways"
+    assert f"({told} {cost.pathway:.4f}, the router " in describe_costs(model, (1, 16, 16))[1]
+
+
 def test_counting_leaves_a_network_as_it_is():
     network = SparseCNN(10, arch="densenet", ratio=0.5).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

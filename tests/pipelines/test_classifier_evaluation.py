@@ -16,6 +16,7 @@ from pipelines.classification import train
 from pipelines.classifier_evaluation import (
     as_evaluation,
     attacked_images,
+    design_of,
     evaluate,
     load,
     members_of,
@@ -259,9 +260,9 @@ def test_clean_alone_needs_no_images_to_attack(bench):
     ("settings", "told"),
     [
         ({"attack_rows": ["mole"]}, "evaluate.attack_rows: there is no model 'mole'; allowed: moe, plain"),
-        ({"attack_images": 1201}, "evaluate.attack_images: 1201 of 1200 test images"),
+        ({"attack_images": 1201}, "evaluate.attack_images: 1201 of 1200 test images; all takes them all$"),
         ({"autoattack": 7}, "evaluate.autoattack: 7 of evaluate.attack_images, 6"),
-        ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 of 1200 test images"),
+        ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 of 1200 test images$"),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
         ({"attacks": [{"name": "member_sum"}]}, "for ensembles, and none of moe, .*plain is one"),
@@ -350,6 +351,59 @@ def test_stages_that_choose_by_themselves_have_no_pathway_rows(bench):
     assert "robust" in (bench.at("no_paths") / "robustness.md").read_text()
 
 
+def test_a_mixture_of_the_k_best_has_no_rows_of_single_paths(bench):
+    network = {**MOE, "num_experts": 3, "top_k": 2}
+    train(bench.training("best", network, epochs=1), Options(device="cpu"))
+    bench.evaluate(
+        "best_only", ("best",), **{**ATTACKS, "eps": [0.3], "autoattack": 1, "attack_checks": True}
+    )
+    folder = bench.at("best_only")
+    for ledger in ("ledger", "ledger_autoattack"):
+        (target,) = read_manifest(folder / ledger)["targets"]
+        assert target["name"] == "best" and not [one for one in target["members"] if " path " in one["name"]]
+    rows = [row for row in rows_of(folder / "results.csv") if row["model"] == "best"]
+    assert not {row["metric"] for row in rows} & {
+        "oracle_route",
+        "random_route",
+        "constant_0",
+        "all_paths_empirical",
+    }
+    assert sum(float(row["value"]) for row in rows if row["metric"].startswith("load_")) == pytest.approx(1)
+    assert "| best | 3 x resnet18 / 0.06, top 2 | standard |" in (folder / "classifiers.md").read_text()
+    (check,) = [row for row in rows_of(folder / "checks.csv") if row["check"] == "gate gradient"]
+    assert check["severity"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("network", "told"),
+    [
+        (PLAIN, "resnet18 / 0.06"),
+        ({**PLAIN, "name": "sparse_cnn"}, "sparse resnet18 / 0.06"),
+        (MOE, "2 x resnet18 / 0.06"),
+        ({**MOE, "granularity": "stage", "top_k": 1}, "2 x resnet18 / 0.06, by stage"),
+        ({**MOE, "granularity": "layer", "top_k": 2}, "2 x resnet18 / 0.06, by layer, top 2"),
+        ({"name": "external", "file": "x.py"}, "external"),
+    ],
+)
+def test_a_design_tells_what_sets_it_apart(network, told):
+    assert design_of(network) == told
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("name", ["body.head.weight", "body.stem.bn.running_var"])
+def test_weights_that_are_not_finite_are_refused(bench, tmp_path, name, dry):
+    tensors, metadata = load_weights(weights_file(bench.folder / "plain"))
+    tensors[name].view(-1)[0] = float("nan")
+    save_weights(tmp_path / "broken.safetensors", tensors, metadata)
+    with pytest.raises(
+        UserError, match=rf"^models.x: .*broken.safetensors has NaN or inf in 1 tensors \({name}\)"
+    ):
+        bench.evaluate(
+            "broken", {"x": str(tmp_path / "broken.safetensors")}, options=Options(device="cpu", dry_run=dry)
+        )
+    assert not (bench.folder / "broken").exists()
+
+
 def test_only_the_rows_asked_for_are_attacked(bench):
     bench.evaluate("some", **{**ATTACKS, "attack_rows": ["plain"]})
     assert [one["name"] for one in read_manifest(bench.at("some") / "ledger")["targets"]] == ["plain"]
@@ -410,6 +464,27 @@ def test_a_training_s_config_evaluates_its_own_network(bench, tmp_path, capsys):
     assert (bench.folder / "moe" / "evaluation" / "test" / "results.csv").exists()
     assert main("", "evaluate_cnn_moe", argv=[str(path), "--device", "cpu"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_training_s_config_of_another_network_is_refused(bench, tmp_path, capsys):
+    path = tmp_path / "plain.yaml"
+    path.write_text(
+        f"name: plain\noutput: {bench.folder}\n"
+        "data: {name: digits, test_images: 1200, val_images: 50}\n"
+        "network: {name: cnn, arch: resnet18, ratio: 0.06}\n"
+        "train: {method: standard, epochs: 1}\n"
+    )
+    for change, told in (
+        ("network.ratio=0.1", "network.ratio: 0.06, the config says 0.1"),
+        ("network.arch=resnet34", "network.arch: resnet18, the config says resnet34"),
+    ):
+        for dry in ([], ["--dry-run"]):
+            assert main("", "evaluate_cnn_moe", argv=[str(path), change, "--device", "cpu", *dry]) == 2
+            assert (
+                capsys.readouterr().err
+                == f"network: {weights_file(bench.folder / 'plain')} was built with {told}\n"
+            )
+    assert not bench.at("plain").exists()
 
 
 def test_a_training_is_attacked_at_the_eps_of_its_validation(bench):

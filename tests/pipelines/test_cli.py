@@ -73,6 +73,26 @@ def test_options_and_overrides_in_any_order(write, calls):
     assert options == Options(dry_run=True, resume=True, device="cuda:1")
 
 
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_several_processes_train_nothing_and_may_evaluate(write, calls, monkeypatch, capsys, dry):
+    cnn = "name: c\ndata: {name: digits}\nnetwork: {name: cnn, arch: resnet18}\n"
+    commands = {
+        "train": NETWORK, "train_cnn_moe": cnn + "train: {method: standard, epochs: 1}\n", "pipeline": PIPELINE,
+        "evaluate": NETWORK,
+    }  # fmt: skip
+    for world in ("2", "1", ""):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        for command, text in commands.items():
+            calls.list.clear()
+            refused = world == "2" and command != "evaluate"
+            assert main("", command, argv=[write(text), *dry]) == (2 if refused else 0)
+            assert [one[0] for one in calls.list] == ([] if refused else [command])
+            error = capsys.readouterr().err
+            assert error.count("\n") == refused and error.startswith(
+                "WORLD_SIZE: 2 processes " if refused else ""
+            )
+
+
 def test_a_flag_says_what_it_does_in_its_own_command(capsys):
     told = {}
     for command in ("train", "evaluate", "train_cnn_moe", "evaluate_cnn_moe"):

@@ -67,8 +67,11 @@ def masked_copy(model, weights):
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "wrn_28_4", "vgg16", "vgg16_bn", "densenet"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_one_pathway_each_is_all_experts_masked(arch, granularity):
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_one_pathway_each_is_all_experts_masked(arch, granularity, training):
     model = mixture(arch, granularity=granularity).double().train()
+    model(images(12, seed=8).double())  # statistics for the evaluation that are no zeros and ones
+    model.train(training)
     chosen = some_routes(model)
     ours, theirs = weights_for(model, chosen).double(), weights_for(model, chosen).double()
     ours, theirs = ours.detach().requires_grad_(), theirs.detach().requires_grad_()
