@@ -160,7 +160,7 @@ def test_a_pass_of_a_cnn_mixture_runs_the_pathways_that_its_weights_name():
 
 
 def test_the_command_prints_them(capsys):
-    assert main() == 0
+    assert main([]) == 0
     printed = capsys.readouterr().out
     text = printed[printed.index("standard (classifiers)") :].splitlines()
     (row,) = [line for line in text if line.startswith("network passes")]

@@ -113,7 +113,15 @@ def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop,
     folder = workshop.run("submitted") / "evaluation" / "test"
     capsys.readouterr()
     assert main([str(folder)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "verified"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "verified, but for the attacks: none was run again (--rerun N)"
+    )
+    assert main([str(folder), "--rerun", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "units of work run again" in printed and printed.endswith("\nverified\n")
+    assert run(main, [str(folder), "--rerun", "-1"]) == 2
+    assert "--rerun: -1 is wrong" in capsys.readouterr().err
     tensors, metadata = load_weights(workshop.run("night") / "checkpoints" / "best.safetensors")
     (tmp_path / "checkpoints").mkdir()
     changed = {name: one + 0.01 if one.is_floating_point() else one for name, one in tensors.items()}
