@@ -25,7 +25,15 @@ def trained(workshop):
         asked.append(split)
         return select(self, split, subsets)
 
-    keys = ["--eps=32/255", "--epochs=3", "--inner-steps=2", "--step-size=0.03", "--seed=2", "--device=cpu"]
+    keys = [
+        "--eps=32/255",
+        "--epochs=3",
+        "--inner-steps=2",
+        "--step-size=0.03",
+        "--seed=2",
+        "--device=cpu",
+        "--overwrite",
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FrameIndex, "select", recording)
         assert main([str(config), "day", str(path), "evaluate.batch_size=8", *keys]) == 0
