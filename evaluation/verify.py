@@ -248,11 +248,10 @@ def score_again(
         own = members_of(targets[name], members)
         with under_attack(targets[name].model), exact_float32(device):
             bench = Bench(targets[name], scene, setup, device)
-            for unit in todo:
-                if unit.target == name:
-                    path = ledger / "adversarials" / f"{unit.name}.npz"
-                    compare(bench, unit, own[unit.member], units[unit.name], load_adversarials(path), verdict)
-                    verdict.units += 1
+            for unit in (one for one in todo if one.target == name):
+                path = ledger / "adversarials" / f"{unit.name}.npz"
+                compare(bench, unit, own[unit.member], units[unit.name], load_adversarials(path), verdict)
+                verdict.units += 1
                 if unit.name in verdict.rerun:
                     run_again(bench, unit, own[unit.member], units[unit.name], verdict)
 

@@ -76,6 +76,8 @@ def test_attacks_that_are_run_again_say_the_same(honest):
     assert verdict.problems == [] and verdict.lines()[-1] == "verified"
     assert len(set(verdict.rerun)) == 3 * 3 * 2 * 3 and 0 < recorded == here < valid
     assert "54 units of work run again" in "\n".join(verdict.lines())
+    records = [one for many in read_units(honest / "ledger").values() for one in many]
+    assert valid == sum(one["valid"] for one in records if one["eps"] and one["incumbent"] == "pixels")
     assert len(checked(honest, rerun=2).rerun) == 2
 
 
