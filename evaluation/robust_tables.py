@@ -389,15 +389,15 @@ def gap_lines(results: RobustResults, eps: float) -> list[str]:
     return ["Common minus adaptive worst case, in points:", "", *lines] if lines else []
 
 
-def verdict(low: float, high: float, at_floor: bool) -> str:
-    """What a paired difference with this interval says."""
+def verdict(low: float, high: float, at_floor: bool, first: str = "the gate") -> str:
+    """What a paired difference with this interval says of what was subtracted from."""
     if at_floor:
         return "both are at the floor, nothing can be said"
     if math.isnan(low):
         return "too few blocks of images to tell"
     if low > 0:
-        return "the gate is more robust on data like these"
-    return "the gate is less robust on data like these" if high < 0 else "these data can't tell"
+        return f"{first} is more robust on data like these"
+    return f"{first} is less robust on data like these" if high < 0 else "these data can't tell"
 
 
 def ordered(results: RobustResults) -> Sequence[str]:

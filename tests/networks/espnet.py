@@ -16,6 +16,7 @@ from torch import nn
 MEAN = (111.2, 109.0, 105.6)  # of BGR in 0..255, as stated with the weights
 STD = (78.3, 79.6, 78.6)
 CLASSES = 12
+DEAD = 1e-30  # weights below are dead channels that weight decay went on shrinking
 RATES = (1, 2, 4, 8, 16)
 
 
@@ -131,8 +132,13 @@ def doubled() -> nn.ConvTranspose2d:
 
 
 def build(weights: str = "") -> ESPNet:
-    """With the published weights; where they lie without `weights`: $MOE_DATA/weights/espnet."""
+    """With the published weights; where they lie without `weights`: $MOE_DATA/weights/espnet. Dead ones are exact
+    zeros here: logits and gradients are the same bit for bit, and passes without denormal numbers take a third of
+    the time on some processors."""
     file = Path(weights or Path(os.environ["MOE_DATA"]) / "weights/espnet/espnet_p_2_q_8_camvid.pth")
     network = ESPNet()
-    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
+    for tensor in tensors.values():
+        tensor[tensor.abs() < DEAD] = 0
+    network.load_state_dict(tensors)
     return network.eval()
