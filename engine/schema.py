@@ -333,8 +333,8 @@ class Evaluate(Section):
     )
     suite: Literal["none", "quick", "standard", "sea"] = Field(
         "none",
-        description="attacks on every network, about 60, 400 and 1100 passes per image and eps; what they are: "
-        "python -m evaluation.suites",
+        description="attacks on every network, about 60, 400 and 1100 passes per image and eps (more for a single one "
+        "beside mixtures); what they are: python -m evaluation.suites",
     )
     eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
         [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255],

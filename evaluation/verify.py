@@ -3,9 +3,9 @@
 SUBMISSION is the folder of an evaluation under attack that kept its images (evaluate.adversarials: uint8): its
 config.yaml, ledger/ and robustness.csv. Whether weights and clean images are the ones the ledger was made with, its
 images are inside the ball, suite and attacks are those of the config, the networks say of the images what the records
-say, certificates hold, and the tables are what follows from these: none of it is taken on trust. Attacks are not run
-again, so that it takes a forward pass for each recorded image; how an attack went (losses, gradients, what it claims)
-and what stands beside the ledger (findings, transfer, detectors) is not checked.
+say, honesty checks and certificates hold, and the tables are what follows from these: none of it is taken on trust. It
+takes a forward pass for each recorded image. Attacks are run again where --rerun asks for it; else, how an attack went
+(losses, gradients, what it claims) is not checked, nor are transfer and detectors.
 """
 
 import argparse

@@ -159,7 +159,9 @@ def _parser(doc: str, command: str) -> argparse.ArgumentParser:
         "--print-config", action="store_true", help="print every value with the file:line it came from"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="check config, data, experts and shapes; change nothing"
+        "--dry-run",
+        action="store_true",
+        help="check config, data, experts and shapes; train and evaluate nothing",
     )
     parser.add_argument("--device", type=_device, default="auto", help="auto (default), cpu, cuda or cuda:N")
     if command == "pipeline":
