@@ -58,7 +58,7 @@ def rows(folder) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def trained(workshop):
     """A robust expert of day, and robust gates over the clean experts."""
-    workshop.train(adversarial(workshop.expert("robust_day", ["day"])))
+    workshop.train(adversarial(workshop.expert("robust_day", ["day"])), "train.epochs=8")
     workshop.train(several(adversarial(workshop.gate("robust_gates"))))
     return workshop
 

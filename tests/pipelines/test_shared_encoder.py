@@ -275,7 +275,7 @@ def test_training_goes_on_where_it_stopped(trained):
     """Momentum of decoders that have rested, and what the gate's optimizer knows, come back too."""
     changes = {
         "train.batch_size=1",
-        "train.optimizer={name: sgd, lr: 0.1, momentum: 0.9}",
+        "train.optimizer={name: sgd, lr: 0.01, momentum: 0.9}",
         "train.save_steps=1",
     }
     trained.train(config_of(trained, "whole", "separate"), *changes)
