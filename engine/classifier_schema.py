@@ -7,7 +7,17 @@ from pydantic import AfterValidator, Field, PlainValidator
 
 from engine.components import Component, Named
 from engine.errors import Mistake
-from engine.schema import Attack, BasicTrain, Optimizer, Schedule, boundless, each_once, run_or, word_or_count
+from engine.schema import (
+    Attack,
+    BasicTrain,
+    Optimizer,
+    Precision,
+    Schedule,
+    boundless,
+    each_once,
+    run_or,
+    word_or_count,
+)
 from engine.sections import ComponentSection, Config, Section
 from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Rows, Text
 from engine.yaml_source import expand
@@ -162,6 +172,9 @@ class ClassifierEvaluate(Section):
         True,
         description="check the attacked networks on two images: gradients, batches, an implanted weakness",
     )
+    deployment_precision: Precision = Field(
+        "fp32", description="bf16: attacked images, which are made in float32, are scored in bf16 as well"
+    )
     pathways: Bool = Field(
         True,
         description="attack every pathway of a mixture as a network by itself, too: rows of their own, and AutoAttack "
@@ -178,21 +191,29 @@ class ClassifierEvaluate(Section):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        return boundless(data)
+        mistakes = boundless(data)
+        if data.get("deployment_precision") == "bf16" and not suite_or_attacks(data):
+            mistakes.append(
+                Mistake(
+                    ("deployment_precision",), "needs attacks beside it: evaluate.suite, or evaluate.attacks"
+                )
+            )
+        return mistakes
 
 
 Source = Annotated[str | Component, PlainValidator(partial(run_or, "networks:GUEST_CLASSIFIERS"))]
+
+
+def suite_or_attacks(evaluate: dict) -> bool:
+    """Whether a section, as written, asks for attacks other than AutoAttack."""
+    return evaluate.get("suite", "none") != "none" or bool(evaluate.get("attacks"))
 
 
 def missing_eps(evaluate: Any) -> list[Mistake]:
     """The mistake of a section, as written, that asks for attacks and doesn't say how large they may be."""
     if not isinstance(evaluate, dict) or evaluate.get("eps") is not None:
         return []
-    if (
-        evaluate.get("suite", "none") == "none"
-        and not evaluate.get("attacks")
-        and not evaluate.get("autoattack")
-    ):
+    if not (suite_or_attacks(evaluate) or evaluate.get("autoattack")):
         return []
     return [Mistake(("evaluate", "eps"), "missing; attacks need it, such as [8/255]")]
 

@@ -371,6 +371,9 @@ class Evaluate(Section):
         description="keep attacked images beside the ledger; uint8: they are rounded, inside eps (from 1/255 on), "
         "before scoring",
     )
+    deployment_precision: Precision = Field(
+        "fp32", description="bf16: attacked images, which are made in float32, are scored in bf16 as well"
+    )
     corruptions: Annotated[
         Corruptions | Literal["none"], PlainValidator(partial(_section_or_none, Corruptions))
     ] = Field("none", description="corruptions of the images to evaluate under, or none")
@@ -390,8 +393,8 @@ class Evaluate(Section):
         if data.get("suite", "none") == "none" and not attacking(data.get("attacks")):
             mistakes += [
                 Mistake((key,), "needs attacks beside it: evaluate.suite, or evaluate.attacks")
-                for key in ("transfer", "detectors")
-                if data.get(key)
+                for key in ("transfer", "detectors", "deployment_precision")
+                if data.get(key) and data[key] != "fp32"
             ]
         return mistakes
 

@@ -55,6 +55,7 @@ def evaluate(
     folder: str | Path | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    deployment_precision: str = "fp32",
     checks: bool = True,
     log: Log = print,
 ) -> Report:
@@ -68,6 +69,7 @@ def evaluate(
     image for itself). folder: where ledger and tables are kept, so that a second call goes on where the first was
     stopped (None: nowhere); a model without tensors of its own, such as a function, can't be told from another one and
     needs a new folder each time.
+    deployment_precision: bf16 scores the attacked images, which are made in float32, in bf16 as well.
     checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
     gradients, batches, an implanted weakness that attacks have to find.
 
@@ -92,7 +94,10 @@ def evaluate(
         if given is not None and len(given) != known:
             raise UserError(f"{key}: {len(given)} of them, and the model has logits of {known} classes")
     about = {"image_size": list(first.shape[-2:])}
-    setup = Setup(tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about)
+    setup = Setup(
+        tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about,
+        deployment_precision=deployment_precision,
+    )  # fmt: skip
     attacks = [as_component(attack, place) for place, attack in enumerate(attacks)]
     refuse_for_label_maps(attacks, "attacks")
     attacks = by_number(attacks, classes, "attacks")

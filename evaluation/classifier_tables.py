@@ -20,6 +20,7 @@ from evaluation.classifiers import (
     load_answers,
     loads,
 )
+from evaluation.deployment import deployed_rows, deployment_lines
 from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows, told_of
 from evaluation.formats import aligned, csv_text, eps_text, in_brackets, markdown_table, percent, points
 from evaluation.image_results import ON_EXPERTS, ImageResults
@@ -266,7 +267,7 @@ def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, Figur
 
 def robust_rows(results: ImageResults) -> list[dict]:
     """One row per figure in the columns of results.csv: clean, each attack, worst cases, what aims at router or
-    experts, all paths, and paired differences between models."""
+    experts, all paths, and paired differences between models; and the same in bf16, where they are deployed so."""
     base = {
         "subset": results.manifest["subset"], "suite": results.manifest["suite"], "n_images": len(results.images),
         "units": len(results.images),
@@ -304,6 +305,8 @@ def robust_rows(results: ImageResults) -> list[dict]:
             rows.append(
                 {**base, **own, "metric": "top1", "value": found.value, "ci_low": low, "ci_high": high}
             )
+    if results.deployed is not None:
+        rows += deployed_rows(robust_rows(results.deployed))
     return rows
 
 
@@ -346,11 +349,19 @@ def robust_markdown(
                 "",
                 *single_table(results, eps, flags),
             ]
+    if results is not None and results.deployed is not None:
+        lines += ["", "## Scored in bf16", "", *deployment_lines(results, results.targets, adaptive_figures)]
     if auto is not None:
         lines += ["", "## AutoAttack", "", *auto_lines(results, auto, flags)]
     if findings:
         lines += ["", "## Checks", "", *(f"- {line}" for line in finding_lines(findings))]
     return "\n".join(lines) + "\n"
+
+
+def adaptive_figures(results: ImageResults, model: str, eps: float) -> dict[str, Estimate]:
+    """Top-1 in the adaptive worst case; eps 0: of the clean images."""
+    right = results.worst(model, eps, "adaptive") if eps else results.clean(model)
+    return {"top-1": results.estimate(right)}
 
 
 def header_lines(results: ImageResults) -> list[str]:

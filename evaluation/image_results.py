@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from evaluation.deployment import as_deployed, is_scored
 from evaluation.ledger import Record
 from evaluation.plan import units_of
 from evaluation.robust_results import COLUMNS, Column
@@ -17,7 +18,8 @@ ON_EXPERTS = ("experts_only",)  # attacks that aim at the pathway that the clean
 class ImageResults:
     """What a complete ledger of classifiers says of N images; all arrays are bool [N].
 
-    Every image that an attack gave at a smaller eps is one at a larger eps, too."""
+    Every image that an attack gave at a smaller eps is one at a larger eps, too. deployed: the same of the answers in
+    bf16, where the ledger has them."""
 
     def __init__(self, manifest: Mapping, units: Mapping[str, Sequence[Record]]):
         self.manifest, self.protocol = manifest, manifest["protocol"]
@@ -42,6 +44,7 @@ class ImageResults:
             self.seconds_of[unit.name] = (unit.target, unit.eps, unit.member)
             for record in units[unit.name]:
                 self._take((unit.target, unit.eps, unit.member), record)
+        self.deployed = ImageResults(manifest, as_deployed(units)) if is_scored(units) else None
 
     def _take(self, key: tuple, record: Record) -> None:
         image = self._place[record["image"]]

@@ -30,7 +30,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Setup:
-    """How targets are attacked. about: what else must be told beside a figure (data set, split, sizes)."""
+    """How targets are attacked. about: what else must be told beside a figure (data set, split, sizes).
+    deployment_precision: bf16 scores attacked images in that, too (see evaluation.deployment)."""
 
     classes: tuple[str, ...]
     eps: tuple[float, ...]
@@ -40,6 +41,7 @@ class Setup:
     ignore_index: int = IGNORE
     subset: str = "all"
     adversarials: Kept = "none"
+    deployment_precision: Literal["fp32", "bf16"] = "fp32"
     about: dict = field(default_factory=dict)
 
     def __post_init__(self):
@@ -48,6 +50,9 @@ class Setup:
             raise UserError(f"eps: {list(self.eps)} is wrong; expected numbers above 0, each only once")
         if self.norm not in ("linf", "l2"):
             raise UserError(f"norm: {self.norm!r} is unknown; allowed: linf, l2")
+        if self.deployment_precision not in ("fp32", "bf16"):
+            told = f"{self.deployment_precision!r} is unknown; allowed: fp32, bf16"
+            raise UserError(f"deployment_precision: {told}")
         for mistake in boundless({"eps": list(self.eps), "norm": self.norm}):
             raise UserError(str(mistake))
         if self.adversarials == "uint8" and motionless(min(self.eps)):
@@ -55,6 +60,7 @@ class Setup:
 
     def protocol(self, device: torch.device, threads: int) -> dict:
         """All that the records of every target depend on."""
+        deployed = {"deployment_precision": self.deployment_precision}
         return {
             **self.about,
             "classes": list(self.classes),
@@ -63,6 +69,7 @@ class Setup:
             "ignore_index": self.ignore_index,
             "adversarials": self.adversarials,
             "precision": "float32",
+            **(deployed if self.deployment_precision != "fp32" else {}),
             "device": device.type,
             "threads": threads,
             "torch": torch.__version__,

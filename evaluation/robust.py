@@ -1,7 +1,8 @@
 """Runs attacks on fixed batches and writes what they did into the ledger; the tables are made from there.
 
 Every process takes the batches whose index is its RANK modulo WORLD_SIZE (torchrun sets both); they meet in the
-ledger's folder only. Scores are of the unmodified model in float32, run again on the images that an attack gave.
+ledger's folder only. Scores are of the unmodified model in float32, run again on the images that an attack gave; in
+bf16 as well where the setup says that it is deployed so.
 """
 
 import hashlib
@@ -20,8 +21,10 @@ from attacks.quantise import quantised
 from attacks.routed import look_inside
 from attacks.search import Found, scores
 from attacks.threat import Threat, check_inside, count_labelled, refuse_bad_images, seed_of, sizes
+from engine.arithmetic import autocast_of
 from engine.config import UserError
 from evaluation.adversarials import save_adversarials
+from evaluation.deployment import CELLS
 from evaluation.floor import gate_free_floor
 from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
@@ -226,9 +229,9 @@ class Bench:
             raise UserError(
                 f"target {self.target.name}: its logits are {logits.dtype}; robustness needs float32"
             )
-        counts = confusion(logits.argmax(dim=1), self.labels, logits.shape[1], self.setup.ignore_index).cpu()
         linf, l2 = sizes(points, self.images)
         sound = torch.isfinite(logits.flatten(1)).all(dim=1)
+        counts = self._counts(logits)
         return {
             "cells": [sparse(one) for one in counts],
             "valid": counts.sum(dim=(1, 2)).tolist(),
@@ -236,7 +239,21 @@ class Bench:
             "l2": l2.tolist(),
             "status": ["ok" if one else "logits not finite" for one in sound.tolist()],
             **routing,
+            **self._deployed(points),
         }
+
+    def _counts(self, logits: Tensor) -> Tensor:
+        """Confusion counts [B, K, K]."""
+        return confusion(logits.argmax(dim=1), self.labels, logits.shape[1], self.setup.ignore_index).cpu()
+
+    def _deployed(self, points: Tensor) -> dict[str, list]:
+        """Of a model that is deployed in bf16 what it says of the points then."""
+        precision = self.setup.deployment_precision
+        if precision == "fp32":
+            return {}
+        with torch.no_grad(), autocast_of(precision, points.device):
+            logits = self.target.model(points)
+        return {CELLS: [sparse(one) for one in self._counts(logits)]}
 
     def _routing(self, points: Tensor) -> dict[str, list]:
         """Of a routed model, per image: "weights" [S, E, K], means over the grid, "route" [S, K], the expert with

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from evaluation.deployment import as_deployed, is_scored
 from evaluation.ledger import INCUMBENTS, Record
 from evaluation.plan import units_of
 from evaluation.statistics import (
@@ -53,7 +54,8 @@ class Worst:
 
 class RobustResults:
     """What a complete ledger says. N images; counts of a target are [A, N, K] with A candidates, clean first, then
-    eps ascending: every candidate of a smaller eps is one of a larger eps, too."""
+    eps ascending: every candidate of a smaller eps is one of a larger eps, too. deployed: the same of the answers in
+    bf16, where the ledger has them."""
 
     def __init__(self, manifest: Mapping, units: Mapping[str, Sequence[Record]]):
         self.manifest, self.protocol = manifest, manifest["protocol"]
@@ -76,6 +78,7 @@ class RobustResults:
             for record in units[unit.name]:
                 self._take(unit, record)
         self._worst: dict[tuple, Worst] = {}
+        self.deployed = RobustResults(manifest, as_deployed(units)) if is_scored(units) else None
 
     def _take(self, unit, record: Record) -> None:
         key, image = (unit.target, unit.eps, unit.member), self._place[record["image"]]

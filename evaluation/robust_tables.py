@@ -10,6 +10,7 @@ from pathlib import Path
 from engine.checkpoints import atomic_write
 from evaluation.beside import Beside, read_beside
 from evaluation.certificate import Certified
+from evaluation.deployment import deployed_rows, deployment_lines
 from evaluation.detectors import DETECTION_COLUMNS, detection_table
 from evaluation.findings import FINDING_COLUMNS, Flags, finding_lines, finding_rows, told_of
 from evaluation.formats import aligned, csv_text, eps_text, in_brackets, markdown_table, percent, points
@@ -101,7 +102,7 @@ def add_to_results(path: str | Path, robust: Iterable[Mapping]) -> None:
 
 def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) -> list[dict]:
     """One row per figure in the columns of results.csv: clean, each attack, worst cases, certificates, floor,
-    differences."""
+    differences; and the same in bf16, where the networks are deployed so."""
     manifest = results.manifest
     base = {
         "subset": manifest["subset"],
@@ -154,6 +155,8 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
                 add(f"{gate} - {rival}", "difference", f"worst of {column}", eps, found)
         for gate in results.mixtures:
             add(gate, "difference", "worst of common - worst of adaptive", eps, results.gaps(gate, eps))
+    if results.deployed is not None:
+        rows += deployed_rows(robust_rows(results.deployed))
     return rows
 
 
@@ -200,6 +203,8 @@ def robust_markdown(results: RobustResults, beside: Beside = NOTHING) -> str:
         lines += ["", f"## eps {eps_text(eps)}: single attacks, mIoU / aAcc", "", *single_table(results, eps)]
         lines += ["", f"Images won, by accuracy, at eps {eps_text(eps)}:", ""]
         lines += [f"- {line}" for line in won_lines(results, eps)]
+    if results.deployed is not None:
+        lines += ["", "## Scored in bf16", "", *deployment_lines(results, ordered(results), adaptive_figures)]
     if beside.certificates:
         lines += ["", "## Certificates", "", *certificate_lines(beside.certificates)]
     if beside.transfer:
@@ -222,6 +227,12 @@ def robust_summary(results: RobustResults, flags: Flags) -> list[str]:
         lines.append([model, *(percent(one.value) + flags.mark(model, eps) for eps, one in found.items())])
     floor = percent(results.floor()["miou"])
     return aligned([*lines, [FLOOR, *[floor] * (1 + len(results.ladder))]], left=1) + told_of(flags)
+
+
+def adaptive_figures(results: RobustResults, model: str, eps: float) -> dict[str, Estimate]:
+    """mIoU and aAcc in the adaptive worst case; eps 0: of the clean images."""
+    found = results.worst(model, eps, "adaptive").figures if eps else results.clean(model)
+    return {TITLES[name]: found[name] for name in ("miou", "aacc")}
 
 
 def in_words(protocol: Mapping) -> str:

@@ -28,6 +28,7 @@ from engine.devices import pick_device
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
 from evaluation.certificate import certify_targets
+from evaluation.deployment import CELLS
 from evaluation.findings import Finding
 from evaluation.formats import eps_text
 from evaluation.ledger import (
@@ -51,6 +52,7 @@ ROUNDING = 1e-6  # of a distance in float32
 ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may tip over; of routing, too
 # What is the same on every machine: it follows from images, labels and the plan alone.
 EXACT = ("valid", "linf", "l2", "status", "target", "source", "settings", "version", "eps", "norm", "seed")
+DEPLOYED = 0.02  # share of an image's pixels that another machine's bf16 may tip over
 RERUN = (
     0.02  # share of pixels that an attack may leave fewer of when another machine's sums lead it elsewhere
 )
@@ -314,6 +316,10 @@ def wrong_keys(record: dict, again: dict, member: Member) -> list[str]:
     if off > ARITHMETIC * valid:
         found.append(f"{off} of {valid} pixels are not as recorded")
     for key, value in again.items():
+        if key == CELLS:
+            off = pixels_off(record.get(key, []), value)
+            found += [f"{key}: {off} of {valid} pixels are not as recorded"] * (off > DEPLOYED * valid)
+            continue
         if key == "cells" or (key == "route" and is_best(record.get(key), again["weights"])):
             continue
         near, pixels = (ROUNDING, 0.0) if key in EXACT else (ARITHMETIC, ARITHMETIC * valid)

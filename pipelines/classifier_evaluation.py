@@ -313,7 +313,14 @@ def works_of(
         targets = targets_of(rows, settings.pathways)
         own = members_of(settings, targets, images.size[1:], images.num_classes)
         scenes = Scenes(chosen, settings.attack_batch_size)
-        setup = Setup(eps=tuple(settings.eps), suite=settings.suite, about=about, **shared)
+        deployed = settings.deployment_precision
+        setup = Setup(
+            eps=tuple(settings.eps),
+            suite=settings.suite,
+            about=about,
+            deployment_precision=deployed,
+            **shared,
+        )
         found.append(Work(SUITE, "ledger", scenes, targets, own, setup))
     if settings.autoattack:
         targets = targets_of(rows, False)

@@ -169,6 +169,7 @@ def setup_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> S
         ignore_index=index.ignore_index,
         subset=" + ".join(attacked_subsets(subsets)),
         adversarials=settings.adversarials,
+        deployment_precision=settings.deployment_precision,
         about={
             "dataset": index.name,
             "split": settings.split,

@@ -112,7 +112,7 @@ def auto_of(target):
 
 def setup(eps, suite, **about):
     about = {"dataset": "toy", **about}
-    return Setup(tuple("abcde"), eps, suite, "linf", 1, -1, "test", "none", about)
+    return Setup(tuple("abcde"), eps, suite, "linf", 1, -1, "test", about=about)
 
 
 def run(folder, auto=True):

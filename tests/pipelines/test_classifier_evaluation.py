@@ -247,6 +247,16 @@ def test_attacks_that_know_the_router_are_for_mixtures_and_adaptive(bench):
     assert len(columns) == 3 and all(found == {"fgsm": "common"} for found in columns.values())
 
 
+def test_deployed_in_bf16_its_worst_case_stands_beside_that_of_float32(bench, whole):
+    bench.evaluate("deployed", **WHOLE, deployment_precision="bf16")
+    both, exact = rows_of(bench.at("deployed") / "results.csv"), rows_of(whole / "results.csv")
+    assert [row for row in both if not row["metric"].endswith("_bf16")] == exact
+    worst = [row for row in both if row["metric"] == "top1_bf16" and row["attack"] == "worst of adaptive"]
+    assert {row["model"] for row in worst} >= {"moe", "plain", "moe - plain"}
+    assert all(row["suite"] == "quick" for row in both if row["metric"].endswith("_bf16"))
+    assert "## Scored in bf16" in (bench.at("deployed") / "robustness.md").read_text()
+
+
 def test_clean_alone_needs_no_images_to_attack(bench):
     """attack_images is 1000 unless said otherwise, and a split may have fewer."""
     bench.evaluate("clean", ("plain",), split="val")
@@ -289,6 +299,11 @@ def test_what_cannot_be_attacked_is_told_before_any_work(bench, settings, told, 
         ({"attack_images": 0}, "evaluate.attack_images: .*all, or a whole number above 0"),
         ({"eps": [0.1, 0.1]}, "evaluate.eps"),
         ({"attack_seed": -1}, "evaluate.attack_seed"),
+        (
+            {"autoattack": 3, "eps": [0.1], "deployment_precision": "bf16"},
+            "deployment_precision: needs attacks beside it",
+        ),
+        ({"deployment_precision": "fp16"}, "evaluate.deployment_precision"),
         ({"attacks": [{"name": "pgd", "stepps": 2}]}, "stepps"),
     ],
 )

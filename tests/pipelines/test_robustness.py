@@ -14,6 +14,7 @@ import torch
 from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.command import run
 from engine.config import UserError
+from engine.errors import ConfigError
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
 from evaluation.robust_tables import TABLES
@@ -312,6 +313,34 @@ def test_clean_alone_asks_for_nothing(workshop):
 
     assert not asked() and not asked(attacks=[{"name": "clean"}])
     assert asked(suite="quick") and asked(attacks=[{"name": "clean"}, {"name": "fgsm"}])
+
+
+def test_scores_in_bf16_without_attacks_are_refused(workshop):
+    with pytest.raises(ConfigError, match="evaluate.deployment_precision: needs attacks beside it"):
+        workshop.load({**evaluation_of(workshop), "evaluate": {"deployment_precision": "bf16"}})
+
+
+def test_all_rows_are_scored_in_bf16_where_they_are_deployed_so(workshop, evaluated):
+    workshop.evaluate(attacked(workshop, name="deployed", deployment_precision="bf16"))
+    folder = workshop.run("deployed") / "evaluation" / "test"
+    rows = rows_of(folder / "robustness.csv")
+    rounded = [row for row in rows if row["metric"].endswith("_bf16")]
+    assert {row["model"] for row in rounded if row["kind"] != "difference"} == set(
+        read_models(folder / "ledger")
+    )
+    own = {
+        (row["model"], row["attack"], row["eps"], row["metric"]): float(row["value"])
+        for row in rows
+        if row["value"]
+    }
+    gaps = [abs(own[(*key, name)] - own[(*key, f"{name}_bf16")]) for *key, name in own if name == "aacc"]
+    assert 0 < max(gaps) < 0.2
+    plain = rows_of(evaluated[0] / "robustness.csv")
+    assert [row for row in rows if not row["metric"].endswith("_bf16")] == plain
+
+
+def read_models(ledger):
+    return [target["name"] for target in read_manifest(ledger)["targets"]]
 
 
 def test_two_processes_share_an_evaluation(workshop, evaluated, monkeypatch):
