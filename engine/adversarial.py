@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from attacks.pixel_losses import PixelLoss, image_loss
 from attacks.threat import Threat, project, random_point, seed_of, steepest
 from engine.config import Adversarial
-from engine.steps import PhaseLoss, evaluating
+from engine.steps import PhaseLoss, under_attack
 
 RAISED = {"pgd": "ce", "segpgd": "segpgd"}  # attack -> loss of attacks.pixel_losses that it raises
 
@@ -52,7 +52,7 @@ class Adversary:
         def logits_of(points: Tensor) -> Tensor:
             return self.value.logits(model, self.value.run(model, with_images(chosen, points)))
 
-        with evaluating(model):
+        with under_attack(model):
             images[rows] = craft(
                 logits_of,
                 images[rows],

@@ -16,7 +16,7 @@ from engine.adversarial import Adversary, Attacked, craft, divergence
 from engine.config import Adversarial, ClassifierTrain, RouterTraining
 from engine.loop import supervised
 from engine.losses import cross_entropy
-from engine.steps import PhaseLoss, evaluating
+from engine.steps import PhaseLoss, evaluating, under_attack
 
 NO_LABEL = -1  # no image is without one
 CROSS_ENTROPY = cross_entropy(None, NO_LABEL)
@@ -95,7 +95,7 @@ class RouterPhase:
         images, train = inputs.images, self.train
         seeds = tuple(seed_of(train.seed, first + place, "router") for place in range(len(labels)))
         threat = Threat(train.eps, "linf", NO_LABEL, seeds)
-        with evaluating(model):
+        with under_attack(model):
             with torch.no_grad():
                 scores = model.gate_logits(images)
                 logits = (

@@ -61,6 +61,24 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@contextmanager
+def under_attack(model: Callable) -> Iterator[None]:
+    """The model as an attack needs it: in eval mode, no gradient to its weights; afterwards as it was."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, mode in wanted.items():
+            parameter.requires_grad_(mode)
+
+
 def compute_gradients(
     phase: Phase,
     network: nn.Module,

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from attacks.routed import look_inside
 from attacks.threat import count_labelled, is_ignored
 from engine.config import IGNORE
+from engine.steps import under_attack
 from evaluation.floor import is_close, parts_of, some_weights
 from evaluation.plan import Scene, Setup
-from evaluation.targets import ROUTED, Target, under_attack
+from evaluation.targets import ROUTED, Target
 from networks.external import External, ExternalClassifier
 from networks.moe import Frozen
 from networks.normalize import Normalize

@@ -16,10 +16,11 @@ from attacks.evade import SCORES, Said, evade, listen
 from attacks.quantise import quantised
 from attacks.search import scores
 from attacks.threat import Threat, count_labelled, seed_of
+from engine.steps import under_attack
 from evaluation.formats import eps_text, markdown_table, percent
 from evaluation.plan import Scene, Setup
 from evaluation.statistics import Estimate, Resamples
-from evaluation.targets import ROUTED, Target, exact_float32, under_attack
+from evaluation.targets import ROUTED, Target, exact_float32
 from metrics.detection import auroc, counts_by_score, fpr_at_tpr, resampled_auroc
 
 KAPPAS = (1.0, 10.0, 100.0)

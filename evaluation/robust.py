@@ -23,6 +23,7 @@ from attacks.search import Found, scores
 from attacks.threat import Threat, check_inside, count_labelled, refuse_bad_images, seed_of, sizes
 from engine.arithmetic import autocast_of
 from engine.config import UserError
+from engine.steps import under_attack
 from evaluation.adversarials import save_adversarials
 from evaluation.deployment import CELLS
 from evaluation.floor import gate_free_floor
@@ -30,7 +31,7 @@ from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
-from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on, under_attack
+from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on
 from metrics.confusion import confusion
 
 TRACE = 8  # values of an attack's loss that are recorded, from the first to the last

@@ -14,13 +14,14 @@ from attacks.routed import Inside, look_inside
 from attacks.search import scores
 from attacks.threat import Threat, count_labelled, random_point, refuse_bad_images, seed_of
 from engine.config import Component
+from engine.steps import under_attack
 from evaluation.active_test import active_test
 from evaluation.findings import Finding
 from evaluation.formats import percent
 from evaluation.plan import Scene, Setup
 from evaluation.record_checks import ALARM, WHITE_BOX
 from evaluation.suites import Member
-from evaluation.targets import ROUTED, Target, exact_float32, threat_on, under_attack
+from evaluation.targets import ROUTED, Target, exact_float32, threat_on
 
 CHECKED = 2  # images of a batch that are looked at
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it

@@ -134,24 +134,6 @@ def threat_on(target: Target, threat: Threat, device: torch.device | str) -> Thr
 
 
 @contextmanager
-def under_attack(model: Callable) -> Iterator[None]:
-    """The model as an attack needs it: in eval mode, no gradient to its weights; afterwards as it was."""
-    if not isinstance(model, nn.Module):
-        yield
-        return
-    modes = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, mode in wanted.items():
-            parameter.requires_grad_(mode)
-
-
-@contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
     """float32 is float32 inside: no autocast, no TF32, and no algorithm that gives other bits the next time."""
     matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn

@@ -11,11 +11,12 @@ from torch import Tensor
 from attacks.quantise import quantised
 from attacks.threat import Threat
 from engine.config import Component, UserError
+from engine.steps import under_attack
 from evaluation.findings import Finding
 from evaluation.formats import markdown_table, percent
 from evaluation.record_checks import ALARM
 from evaluation.statistics import ClassCounts, Resamples, aacc, estimates, mean_iou
-from evaluation.targets import Target, exact_float32, threat_on, under_attack
+from evaluation.targets import Target, exact_float32, threat_on
 from metrics.confusion import confusion
 
 CLEAN = "clean"

@@ -25,6 +25,7 @@ from attacks.threat import sizes
 from engine.command import run
 from engine.config import Evaluation, UserError, load
 from engine.devices import pick_device
+from engine.steps import under_attack
 from evaluation.adversarials import load_adversarials
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, read_beside
 from evaluation.certificate import certify_targets
@@ -46,7 +47,7 @@ from evaluation.robust import Bench, about_unit, as_begun, images_of, members_of
 from evaluation.robust_tables import TABLES, write_robust
 from evaluation.suites import Member
 from evaluation.target_checks import check_first
-from evaluation.targets import Target, exact_float32, under_attack
+from evaluation.targets import Target, exact_float32
 
 ROUNDING = 1e-6  # of a distance in float32
 ARITHMETIC = 1e-3  # share of an image's pixels that another machine's sums may tip over; of routing, too

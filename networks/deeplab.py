@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from engine.config import Probability, UserError, first_line
+from networks.dilation import quick_dilation
 from networks.encoders import check_backbone, imagenet_encoder, input_statistics, load_encoder
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
@@ -93,6 +94,7 @@ class DeepLabV3Plus(nn.Module):
             self.network.encoder = imagenet_encoder(backbone, output_stride)
         elif pretrained != "none":
             load_encoder(self.network.encoder, Path(pretrained), backbone)
+        quick_dilation(self.network)
         encoder_mean, encoder_std = input_statistics(backbone, pretrained)
         self.normalize = Normalize(mean or encoder_mean, std or encoder_std)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from engine.config import UserError, first_line
+from networks.dilation import quick_dilation
 from networks.encoders import check_backbone, input_statistics, load_encoder
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
@@ -74,6 +75,7 @@ class SMP(nn.Module):
         encoder = self.network.encoder
         if pretrained not in ("imagenet", "none"):
             load_encoder(encoder, Path(pretrained), backbone)
+        quick_dilation(self.network)
         encoder_mean, encoder_std = input_statistics(backbone, pretrained)
         self.normalize = Normalize(mean or encoder_mean, std or encoder_std)
         self.stride = max(FEATURE_STRIDE, encoder.output_stride)  # inputs are padded to multiples of it

@@ -24,8 +24,9 @@ from engine.command import run
 from engine.config import Data, Evaluation, Run, UserError, load
 from engine.devices import pick_device
 from engine.schema import boundless
+from engine.steps import under_attack
 from evaluation.formats import percent
-from evaluation.targets import class_weights, exact_float32, under_attack
+from evaluation.targets import class_weights, exact_float32
 from pipelines.matrix import as_evaluation, load_zoo
 from pipelines.robustness import target_of_row
 

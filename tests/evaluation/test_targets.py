@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from engine.config import UserError
-from evaluation.targets import class_weights, exact_float32, kind_of, target_of, under_attack
+from engine.steps import under_attack
+from evaluation.targets import class_weights, exact_float32, kind_of, target_of
 from tests.evaluation import robust_toy as toy
 
 
