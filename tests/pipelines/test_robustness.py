@@ -3,6 +3,7 @@
 import csv
 import shutil
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from engine.checkpoints import load_metadata, load_weights, save_weights
 from engine.command import run
 from engine.config import UserError
 from engine.errors import ConfigError
+from evaluation.detectors import detection_rows
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
 from evaluation.robust_tables import TABLES
@@ -52,6 +54,13 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.fixture
+def short_detectors(monkeypatch):
+    """Two steps and one weight: enough for the tables."""
+    short = partial(detection_rows, kappas=(1.0,), steps=2)
+    monkeypatch.setattr("pipelines.robustness.detection_rows", short)
+
+
 def test_checks_stand_beside_the_figures(workshop):
     config = attacked(workshop, name="checked", attack_rows=["gate"], attack_images=2, attack_checks=True)
     workshop.evaluate(config)
@@ -63,7 +72,9 @@ def test_checks_stand_beside_the_figures(workshop):
     assert {row["part"] for row in rows_of(folder / "components.csv")} > {"clean", "model"}
 
 
-def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(workshop, monkeypatch):
+def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(
+    workshop, short_detectors, monkeypatch
+):
     asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"]}
     config = attacked(workshop, name="aside", attack_rows=["gate", "day"], attack_images=2, **asked)
     workshop.evaluate(config)
@@ -91,7 +102,7 @@ def test_transfer_and_detectors_stand_beside_the_figures_and_are_made_once(works
     assert (folder / "robustness.md").read_text() == text
 
 
-def test_no_table_of_an_earlier_evaluation_stands_beside_a_new_one(workshop):
+def test_no_table_of_an_earlier_evaluation_stands_beside_a_new_one(workshop, short_detectors):
     asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"], "attack_images": 2}
     asked |= {"attack_rows": ["gate", "day"], "corruptions": {"names": ["fog"], "severities": [1]}}
     workshop.evaluate(attacked(workshop, name="tables", **asked))
@@ -396,7 +407,7 @@ def test_a_class_is_hidden_by_its_name(workshop):
             own(**{key: given})
 
 
-def test_what_stands_beside_a_ledger_of_bytes_is_of_bytes(workshop, monkeypatch):
+def test_what_stands_beside_a_ledger_of_bytes_is_of_bytes(workshop, short_detectors, monkeypatch):
     asked = {"transfer": {"name": "fgsm"}, "detectors": True, "eps": ["4/255"], "adversarials": "uint8"}
     config = attacked(workshop, name="bytes", attack_rows=["gate", "day"], attack_images=2, **asked)
     given = []
