@@ -13,6 +13,7 @@ from engine.schema import (
     Optimizer,
     Precision,
     Schedule,
+    attacking,
     boundless,
     each_once,
     run_or,
@@ -206,7 +207,7 @@ Source = Annotated[str | Component, PlainValidator(partial(run_or, "networks:GUE
 
 def suite_or_attacks(evaluate: dict) -> bool:
     """Whether a section, as written, asks for attacks other than AutoAttack."""
-    return evaluate.get("suite", "none") != "none" or bool(evaluate.get("attacks"))
+    return evaluate.get("suite", "none") != "none" or attacking(evaluate.get("attacks"))
 
 
 def missing_eps(evaluate: Any) -> list[Mistake]:
