@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from engine.config import Interrupted, UserError
+from engine.memory import keep_freed_memory
 
 
 def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> int:
@@ -12,6 +13,7 @@ def run(command: Callable[[Sequence[str]], int], arguments: Sequence[str] | None
 
     Any other exception is a bug and passes through, so that Python prints its traceback and exits with 1.
     """
+    keep_freed_memory()
     try:
         return command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

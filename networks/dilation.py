@@ -1,53 +1,63 @@
-"""Depthwise convolutions with a large dilation, as in separable ASPP: oneDNN runs these fifty times slower than others.
+"""Dilated depthwise convolutions, as in separable ASPP and in encoders whose last stage keeps its grid.
 
-A tap that looks further than the map is wide sees padding alone and can be left out; those that are left see a part of
-the map, each a product and a sum over a slice. Where no tap but the middle one is left and there is no bias, the sums
-are the same to the last bit.
+oneDNN makes their gradient up to twenty times slower than a pass forward, and both up to fifty times slower where the
+dilation is large. The gradient of a frozen one is such a convolution itself, with the kernel turned round. And a tap
+that looks further than the map is wide sees padding alone and can be left out; those that are left see a part of the
+map, each a product and a sum over a slice. Where no tap but the middle one is left and there is no bias, the sums are
+the same to the last bit.
 """
 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW = 5.5  # products of the size of the map, above which oneDNN is as fast
-LEAST = 6  # dilation, below which it is as fast without a gradient
+LEAST = 2  # dilation, below which oneDNN's gradient is as fast
+LARGE = 6  # dilation, below which its convolution is
+FEW = 5.5  # products of the size of the map, above which it is, too
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """A 3x3 depthwise convolution of stride 1 whose dilation is its padding; frozen and on a CPU tap by tap.
+    """A depthwise convolution of stride 1 and odd size whose padding keeps the grid; quick when frozen, on a CPU.
 
     While its weights are trained it is nn.Conv2d: their gradient keeps its sums."""
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, C, H, W] to the same shape."""
-        height, width = images.shape[-2:]
-        (down, across), dtype = self.dilation, images.dtype
-        tall, wide = (size + 2 * max(0, size - step) for size, step in ((height, down), (width, across)))
         frozen = not (self.weight.requires_grad and torch.is_grad_enabled())
-        plain = (
-            images.device.type == "cpu" and dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        )
-        if not (frozen and plain) or tall * wide > FEW * height * width:
+        plain = images.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if not (frozen and plain and images.device.type == "cpu"):
             return super().forward(images)
-        answer = Taps.apply(images, self.weight.detach(), self.dilation)
+        answer = Depthwise.apply(images, self.weight.detach(), self.dilation)
         return answer if self.bias is None else answer + self.bias.view(-1, 1, 1)
 
 
-class Taps(torch.autograd.Function):
-    """(images [B, C, H, W], weight [C, 1, 3, 3], dilation of rows and columns) -> [B, C, H, W]; no gradient of the
+class Depthwise(torch.autograd.Function):
+    """(images [B, C, H, W], weight [C, 1, k, k], dilation of rows and columns) -> [B, C, H, W]; no gradient of the
     weight."""
 
     @staticmethod
     def forward(ctx, images: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.dilation = dilation
-        return summed(images, weight, dilation)
+        return convolved(images, weight, dilation)
 
     @staticmethod
     def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return summed(slope, weight.flip(2, 3), ctx.dilation), None, None
+        return convolved(slope, weight.flip(2, 3), ctx.dilation), None, None
+
+
+def convolved(images: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
+    """By taps where that is quicker."""
+    size = images.shape[-2:]
+    if weight.shape[-2:] == (3, 3) and min(dilation) >= LARGE:
+        tall, wide = (edge + 2 * max(0, edge - step) for edge, step in zip(size, dilation, strict=True))
+        if tall * wide <= FEW * size[0] * size[1]:
+            return summed(images, weight, dilation)
+    padding = [step * (edge // 2) for step, edge in zip(dilation, weight.shape[-2:], strict=True)]
+    return F.conv2d(images, weight, None, 1, padding, dilation, len(weight))
 
 
 def summed(images: Tensor, weight: Tensor, dilation: tuple[int, int]) -> Tensor:
@@ -79,11 +89,12 @@ def quick_dilation(network: nn.Module) -> None:
 
 
 def is_dilated_depthwise(conv: nn.Conv2d) -> bool:
+    kept = tuple(step * (edge // 2) for step, edge in zip(conv.dilation, conv.kernel_size, strict=True))
     return (
         conv.groups == conv.in_channels == conv.out_channels > 1
-        and conv.kernel_size == (3, 3)
+        and all(edge % 2 for edge in conv.kernel_size)
         and conv.stride == (1, 1)
-        and conv.padding == conv.dilation
+        and conv.padding == kept
         and min(conv.dilation) >= LEAST
         and conv.padding_mode == "zeros"
     )

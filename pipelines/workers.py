@@ -10,6 +10,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 
+from engine.memory import keep_freed_memory
+
 
 @contextmanager
 def workers(jobs: int) -> Iterator[Callable[..., Future]]:
@@ -50,6 +52,7 @@ def prepare(threads: int) -> None:
     saves its state, an evaluation keeps its ledger."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_freed_memory()
     import torch
 
     torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from engine.config import UserError
 from networks.cnn_moe.moe_conv import ExpertConv
 from networks.cnn_moe.routes import Route
+from networks.pooling import global_mean
 
 Granularity = Literal["model", "stage", "layer"]
 GRANULARITIES = get_args(Granularity)
@@ -36,7 +37,7 @@ class Stem(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.conv(images)
-        features = features if self.bn is None else F.relu(self.bn(features))
+        features = features if self.bn is None else F.relu(self.bn(features), inplace=True)
         return F.max_pool2d(features, 3, 2, 1) if self.large else features
 
 
@@ -108,8 +109,6 @@ class Body(nn.Module):
     def classify(self, features: Tensor) -> Tensor:
         features = self.tail(features)
         pooled = (
-            features.mean(dim=(2, 3))
-            if self.grid == 1
-            else F.adaptive_avg_pool2d(features, self.grid).flatten(1)
+            global_mean(features) if self.grid == 1 else F.adaptive_avg_pool2d(features, self.grid).flatten(1)
         )
         return self.head(pooled)

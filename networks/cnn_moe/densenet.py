@@ -22,8 +22,8 @@ class Dense(nn.Module):
         self.conv2 = ExpertConv(inner, growth, 3, num_experts=num_experts)
 
     def forward(self, x: Tensor, routes) -> Tensor:
-        inner = self.conv1(F.relu(self.bn1(x)), routes)
-        return torch.cat([x, self.conv2(F.relu(self.bn2(inner)), routes)], dim=1)
+        inner = self.conv1(F.relu(self.bn1(x), inplace=True), routes)
+        return torch.cat([x, self.conv2(F.relu(self.bn2(inner), inplace=True), routes)], dim=1)
 
 
 class Transition(nn.Module):
@@ -35,7 +35,7 @@ class Transition(nn.Module):
         self.conv = ExpertConv(in_channels, channels, 1, num_experts=num_experts)
 
     def forward(self, x: Tensor, routes) -> Tensor:
-        return F.avg_pool2d(self.conv(F.relu(self.bn(x)), routes), 2)
+        return F.avg_pool2d(self.conv(F.relu(self.bn(x), inplace=True), routes), 2)
 
 
 def densenet(num_classes: int, ratio: float = 1.0, num_experts: int = 1, stem: str = "cifar") -> Body:

@@ -1,12 +1,14 @@
 """A convolution of E experts of which each image runs one: the cost of one, whatever E."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from networks.cnn_moe.routes import Route
+from networks.pooling import every
 
 
 class TimesOne(torch.autograd.Function):
@@ -23,6 +25,24 @@ class TimesOne(torch.autograd.Function):
     def backward(ctx, slope: Tensor) -> tuple[Tensor, Tensor]:
         (answers,) = ctx.saved_tensors
         return slope, (slope * answers).sum(dim=(1, 2, 3), dtype=ctx.dtype)
+
+
+class Chunks(torch.autograd.Function):
+    """`count` equal parts of a weight along its first dimension. Experts that nobody asked have a gradient of 0, in the
+    layout of the weight: `chunk` makes it NCHW, and joining mixed layouts is slow."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight)
+        return weight.chunk(count)
+
+    @staticmethod
+    def backward(ctx, *slopes: Tensor | None) -> tuple[Tensor, None]:
+        whole = torch.empty_like(ctx.saved_tensors[0])
+        for part, slope in zip(whole.chunk(len(slopes)), slopes, strict=True):
+            part.zero_() if slope is None else part.copy_(slope)
+        return whole, None
 
 
 class ExpertConv(nn.Module):
@@ -50,31 +70,37 @@ class ExpertConv(nn.Module):
         if self.num_experts == 1:
             return self.convolve(images, self.weight, self.bias)
         route = routes[self.site]
-        weights = self.weight.chunk(self.num_experts)
-        biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
-        images = route.sort(images)
+        images, own = route.sort(images), self.experts()
         if route.one_hot:
-            parts = [(part, own.shares[0].expert) for part, own in route.apart(images)]
-            answers = [self.convolve(part, weights[expert], biases[expert]) for part, expert in parts]
+            parts = zip(route.split(images), route.shares, strict=True)
+            answers = [self.convolve(part, *own(share.expert)) for part, share in parts]
             answer = torch.cat(answers) if len(answers) > 1 else answers[0]
             if route.shares[0].weight is not None:
                 answer = TimesOne.apply(answer, torch.cat([share.weight for share in route.shares]))
             return route.unsort(answer)
         mixed = None
         for share in route.shares:
-            answer = self.convolve(images[share.rows], weights[share.expert], biases[share.expert])
+            answer = self.convolve(images[share.rows], *own(share.expert))
             if share.weight is not None:
                 answer = answer * share.weight.to(answer.dtype).view(-1, 1, 1, 1)
             mixed = answer.new_zeros(len(images), *answer.shape[1:]) if mixed is None else mixed
             mixed = mixed.index_add(0, share.rows, answer)
         return mixed
 
+    def experts(self) -> Callable[[int], tuple[Tensor, Tensor | None]]:
+        """expert -> its (weight, bias)."""
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            weights = Chunks.apply(self.weight, self.num_experts)
+        else:
+            weights = self.weight.view(self.num_experts, -1, *self.weight.shape[1:])
+        biases = [None] * self.num_experts if self.bias is None else self.bias.chunk(self.num_experts)
+        return lambda expert: (weights[expert], biases[expert])
+
     def convolve(self, images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel_size == 1 and self.stride > 1:
             # The same sums over the pixels that it sees: oneDNN 3.13 (torch 2.15) writes beyond its memory in the
             # weights' gradient of a strided 1x1 of fewer than 16 channels (channels_last, AVX-512, several threads).
-            images = images[:, :, :: self.stride, :: self.stride]
-            return F.conv2d(images, weight, bias)
+            return F.conv2d(every(images, self.stride), weight, bias)
         return F.conv2d(images, weight, bias, self.stride, self.padding)
 
     def keep_only(self, expert: int) -> None:

@@ -25,8 +25,8 @@ class Basic(nn.Module):
         self.shortcut = Shortcut(in_channels, channels, stride, num_experts)
 
     def forward(self, x: Tensor, routes) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x, routes)))
-        return F.relu(self.bn2(self.conv2(inner, routes)) + self.shortcut(x, routes))
+        inner = F.relu(self.bn1(self.conv1(x, routes)), inplace=True)
+        return F.relu(self.bn2(self.conv2(inner, routes)) + self.shortcut(x, routes), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -46,9 +46,9 @@ class Bottleneck(nn.Module):
         self.shortcut = Shortcut(in_channels, out, stride, num_experts)
 
     def forward(self, x: Tensor, routes) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x, routes)))
-        inner = F.relu(self.bn2(self.conv2(inner, routes)))
-        return F.relu(self.bn3(self.conv3(inner, routes)) + self.shortcut(x, routes))
+        inner = F.relu(self.bn1(self.conv1(x, routes)), inplace=True)
+        inner = F.relu(self.bn2(self.conv2(inner, routes)), inplace=True)
+        return F.relu(self.bn3(self.conv3(inner, routes)) + self.shortcut(x, routes), inplace=True)
 
 
 class Shortcut(nn.Module):

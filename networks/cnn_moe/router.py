@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pooling import every, global_mean
+
 WIDTHS, BLOCKS = (16, 32, 64), 3  # the CIFAR ResNet-20 of He et al. 2016, section 4.2
 SEEN = 32  # pixels of the shorter edge that the router sees, at least
 
@@ -32,12 +34,11 @@ class Block(nn.Module):
         self.stride, self.added = stride, channels - in_channels
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        if self.stride > 1:
-            x = x[:, :, :: self.stride, :: self.stride]
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
+        x = every(x, self.stride)
         if self.added:
             x = F.pad(x, (0, 0, 0, 0, self.added // 2, self.added - self.added // 2))
-        return F.relu(inner + x)
+        return F.relu(inner + x, inplace=True)
 
 
 class Router(nn.Module):
@@ -78,7 +79,7 @@ class Router(nn.Module):
         """What the scores are linear in, float32 [B, F]."""
         scale = min(images.shape[-2:]) // SEEN
         images = F.avg_pool2d(images, scale) if scale > 1 else images
-        return self.blocks(F.relu(self.norm(self.conv(images)))).mean(dim=(2, 3)).float()
+        return global_mean(self.blocks(F.relu(self.norm(self.conv(images)), inplace=True))).float()
 
     @torch.no_grad()
     def balance(self, batches: Iterable[Tensor]) -> None:

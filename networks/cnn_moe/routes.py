@@ -7,6 +7,20 @@ import torch
 from torch import Tensor
 
 
+class Rearranged(torch.autograd.Function):
+    """batch[order], where back undoes it: the gradient is a gather as well, and in the layout of the batch."""
+
+    @staticmethod
+    def forward(ctx, batch: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return batch[order]
+
+    @staticmethod
+    def backward(ctx, slope: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return slope[back], None, None
+
+
 @dataclass(frozen=True)
 class Share:
     """What one expert does: the rows of the batch that it sees, and what its answer to each is multiplied by ([n];
@@ -28,17 +42,22 @@ class Route:
     back: Tensor | None = None
 
     def sort(self, batch: Tensor) -> Tensor:
-        return batch if self.order is None else batch[self.order]
+        return batch if self.order is None else Rearranged.apply(batch, self.order, self.back)
 
     def unsort(self, batch: Tensor) -> Tensor:
-        return batch if self.back is None else batch[self.back]
+        return batch if self.back is None else Rearranged.apply(batch, self.back, self.order)
+
+    def split(self, batch: Tensor) -> Sequence[Tensor]:
+        """Of a one-hot route the rows of a sorted batch that take each expert."""
+        if len(self.shares) == 1:
+            return [batch]
+        return batch.split([share.rows.stop - share.rows.start for share in self.shares])
 
     def apart(self, batch: Tensor) -> "list[tuple[Tensor, Route]]":
-        """Of a one-hot route the rows of a sorted batch that take each expert, with the route of these alone."""
-        sizes = [share.rows.stop - share.rows.start for share in self.shares]
+        """The same, with the route of these rows alone."""
         return [
             (part, Route((Share(share.expert, slice(0, len(part)), share.weight),), True))
-            for part, share in zip(batch.split(sizes), self.shares, strict=True)
+            for part, share in zip(self.split(batch), self.shares, strict=True)
         ]
 
     def sorted(self) -> "Route":

@@ -26,8 +26,8 @@ class PreActivation(nn.Module):
         )
 
     def forward(self, x: Tensor, routes) -> Tensor:
-        active = F.relu(self.bn1(x))
-        inner = F.relu(self.bn2(self.conv1(active, routes)))
+        active = F.relu(self.bn1(x), inplace=True)
+        inner = F.relu(self.bn2(self.conv1(active, routes)), inplace=True)
         return self.conv2(inner, routes) + (x if self.shortcut is None else self.shortcut(active, routes))
 
 

@@ -1,4 +1,4 @@
-"""Dilated depthwise convolutions tap by tap against nn.Conv2d."""
+"""Quick dilated depthwise convolutions against nn.Conv2d."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from networks import dilation
 from networks.complexity import gmacs
 from networks.deeplab import DeepLabV3Plus
 from networks.dilation import DilatedDepthwise, quick_dilation
@@ -14,10 +15,11 @@ from networks.smp import SMP
 CHANNELS = 4
 
 
-def pair(dilation, bias=False):
-    """nn.Conv2d and what is made of it, frozen."""
+def pair(dilation, bias=False, size=(3, 3)):
+    """nn.Conv2d and what is made of it, frozen; dilation: of rows and columns."""
     torch.manual_seed(0)
-    plain = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=dilation, dilation=dilation, groups=CHANNELS, bias=bias)
+    padding = [step * (edge // 2) for step, edge in zip(dilation, size, strict=True)]
+    plain = nn.Conv2d(CHANNELS, CHANNELS, size, 1, padding, dilation, groups=CHANNELS, bias=bias)
     network = nn.Sequential(plain)
     quick_dilation(network)
     assert type(network[0]) is DilatedDepthwise and network[0].weight is plain.weight
@@ -31,22 +33,22 @@ def answers(conv, images, slope):
     return answer.detach(), gradient
 
 
-def through_taps(monkeypatch):
-    """How often the taps were taken."""
-    from networks.dilation import Taps
-
-    calls, apply = [], Taps.apply
-    monkeypatch.setattr(Taps, "apply", lambda *args: calls.append(1) or apply(*args))
+def calls_of(monkeypatch, name):
+    """A list that grows with every call of that function of networks.dilation."""
+    calls, function = [], getattr(dilation, name)
+    monkeypatch.setattr(dilation, name, lambda *args: calls.append(1) or function(*args))
     return calls
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.integers(6, 9), st.integers(6, 9), st.booleans(),
-    st.booleans(), st.integers(0, 1000),
+    st.integers(1, 3), st.integers(1, 14), st.integers(1, 14), st.integers(2, 9), st.integers(2, 9),
+    st.sampled_from([(3, 3), (5, 5), (1, 3), (5, 3)]), st.booleans(), st.booleans(), st.integers(0, 1000),
 )  # fmt: skip
-def test_answers_and_gradients_are_those_of_conv2d(images, height, width, down, across, bias, last, seed):
-    plain, network = pair((down, across), bias)
+def test_answers_and_gradients_are_those_of_conv2d(
+    images, height, width, down, across, size, bias, last, seed
+):
+    plain, network = pair((down, across), bias, size)
     torch.manual_seed(seed)
     x, slope = torch.randn(2, images, CHANNELS, height, width).unbind()
     if last:
@@ -54,23 +56,42 @@ def test_answers_and_gradients_are_those_of_conv2d(images, height, width, down, 
     for found, expected in zip(answers(network, x, slope), answers(plain, x, slope), strict=True):
         assert found.shape == expected.shape
         assert torch.allclose(found, expected, atol=1e-5)
-        if down >= height and across >= width and not bias:  # the middle tap alone
+        if (
+            size == (3, 3) and down >= max(6, height) and across >= max(6, width) and not bias
+        ):  # the middle tap alone
             assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(
     ("size", "dilation", "taken"),
-    [((4, 6), 12, True), ((30, 40), 12, True), ((30, 40), 24, True), ((30, 40), 6, False), ((76, 120), 12, False)],
+    [((4, 6), 12, True), ((30, 40), 12, True), ((30, 40), 24, True), ((30, 40), 6, False), ((76, 120), 12, False),
+     ((4, 6), 5, False)],
 )  # fmt: skip
 def test_taps_are_taken_where_they_are_quicker(monkeypatch, size, dilation, taken):
-    calls, (_, network) = through_taps(monkeypatch), pair(dilation)
+    calls, (_, network) = calls_of(monkeypatch, "summed"), pair((dilation, dilation))
     network(torch.randn(1, CHANNELS, *size))
     assert bool(calls) is taken
 
 
+def test_the_gradient_is_a_pass_forward(monkeypatch):
+    """oneDNN's own takes up to twenty times as long."""
+    (plain, network), images = pair((2, 2), size=(5, 5)), torch.randn(2, CHANNELS, 8, 8)
+    slope = torch.randn(2, CHANNELS, 8, 8)
+
+    def backward_convolutions(conv):
+        leaf = images.clone().requires_grad_()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            torch.autograd.grad(conv(leaf), leaf, slope)
+        return sum(
+            event.count for event in profile.key_averages() if event.key == "aten::convolution_backward"
+        )
+
+    assert backward_convolutions(network) == 0 < backward_convolutions(plain)
+
+
 def test_weights_that_are_trained_and_bf16_are_those_of_conv2d(monkeypatch):
-    plain, network = pair(12)
-    calls, images = through_taps(monkeypatch), torch.randn(2, CHANNELS, 8, 8)
+    plain, network = pair((12, 12))
+    calls, images = calls_of(monkeypatch, "convolved"), torch.randn(2, CHANNELS, 8, 8)
     for conv in (plain, network[0]):
         conv.requires_grad_(True)
     (own,) = torch.autograd.grad(network(images).square().sum(), [network[0].weight])
@@ -87,12 +108,12 @@ def test_weights_that_are_trained_and_bf16_are_those_of_conv2d(monkeypatch):
     "conv",
     [
         nn.Conv2d(4, 4, 3, padding=1, groups=4),
-        nn.Conv2d(4, 4, 3, padding=2, dilation=2, groups=4),
         nn.Conv2d(4, 8, 3, padding=6, dilation=6, groups=4),
         nn.Conv2d(4, 4, 3, padding=6, dilation=6),
         nn.Conv2d(4, 4, 3, padding=6, dilation=6, groups=4, stride=2),
         nn.Conv2d(4, 4, 3, padding=1, dilation=6, groups=4),
-        nn.Conv2d(4, 4, 5, padding=12, dilation=6, groups=4),
+        nn.Conv2d(4, 4, 5, padding=6, dilation=6, groups=4),
+        nn.Conv2d(4, 4, 4, padding=6, dilation=3, groups=4),
         nn.Conv2d(4, 4, 3, padding=6, dilation=6, groups=4, padding_mode="reflect"),
     ],
 )
@@ -112,7 +133,9 @@ def test_deeplab_says_the_same_costs_the_same_and_keeps_its_names(monkeypatch, s
     quick = build()
     monkeypatch.setattr("networks.deeplab.quick_dilation", lambda network: None)
     plain = build()
-    assert sum(type(module) is DilatedDepthwise for module in quick.modules()) == 3  # ASPP
+    assert (
+        sum(type(module) is DilatedDepthwise for module in quick.modules()) == 3 + 4
+    )  # of ASPP, of the encoder
     assert quick.state_dict().keys() == plain.state_dict().keys()
     assert gmacs(quick, size) == gmacs(plain, size)
     images = torch.rand(2, 3, *size)
@@ -123,4 +146,4 @@ def test_deeplab_says_the_same_costs_the_same_and_keeps_its_names(monkeypatch, s
 
 def test_architectures_of_the_library_have_them_too():
     network = SMP(3, architecture="DeepLabV3Plus", backbone="mobilenet_v2", pretrained="none")
-    assert sum(type(module) is DilatedDepthwise for module in network.modules()) == 3
+    assert sum(type(module) is DilatedDepthwise for module in network.modules()) == 3 + 4
