@@ -26,21 +26,27 @@ def main() -> None:
     options = arguments(__doc__.splitlines()[0], repeats=5)
     seconds = {name: [] for name in WAYS}
     faults = {name: [] for name in WAYS}
+    peaks = {name: [] for name in WAYS}
     for _ in range(options.repeats):
         for name, way in WAYS.items():
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.memory", way], check=True, capture_output=True, text=True
             )
-            took, pages = done.stdout.split()
-            seconds[name].append(float(took))
-            faults[name].append(float(pages))
-    first, *_ = (middle := medians(seconds)).values()
-    pages = medians(faults)
+            for values, value in zip((seconds, faults, peaks), done.stdout.split(), strict=True):
+                values[name].append(float(value))
+    middle, pages, peak = map(medians, (seconds, faults, peaks))
+    first, *_ = middle.values()
     report(
         f"PGD of {STEPS} steps on {IMAGES} images {SIZE[0]}x{SIZE[1]}, DeepLabv3+ EfficientNet-Lite0, one thread",
-        ("freed memory", "seconds", "gain", "page faults"),
+        ("freed memory", "seconds", "gain", "page faults", "peak MiB"),
         [
-            (name, f"{middle[name]:.2f}", f"{first / middle[name]:.2f}", f"{pages[name]:,.0f}")
+            (
+                name,
+                f"{middle[name]:.2f}",
+                f"{first / middle[name]:.2f}",
+                f"{pages[name]:,.0f}",
+                f"{peak[name]:,.0f}",
+            )
             for name in WAYS
         ],
         f"Median over {options.repeats} processes each way, of the mean of {COUNTED} calls after {WARM} others.",
@@ -49,7 +55,7 @@ def main() -> None:
 
 
 def measured(way: str) -> str:
-    """Seconds and page faults of a call in this process."""
+    """Seconds and page faults of a call in this process, and the most MiB that it has held."""
     if way == "kept":
         keep_freed_memory()
     torch.set_num_threads(1)
@@ -66,7 +72,8 @@ def measured(way: str) -> str:
             pages, start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
         pgd(model, images, labels, threat, steps=STEPS, loss="masked_ce")
     took = time.perf_counter() - start
-    return f"{took / COUNTED} {(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages) / COUNTED}"
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return f"{took / COUNTED} {(used.ru_minflt - pages) / COUNTED} {used.ru_maxrss / 1024}"
 
 
 if __name__ == "__main__":

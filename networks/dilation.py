@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 2  # dilation, below which oneDNN's gradient is as fast
-LARGE = 6  # dilation, below which its convolution is
-FEW = 5.5  # products of the size of the map, above which it is, too
+LEAST = 2  # dilation from which oneDNN's gradient is slow
+LARGE = 6  # dilation from which a 3x3 may be quicker by taps
+FEW = 5.5  # products of the size of the map that taps may cost, to be quicker
 
 
 class DilatedDepthwise(nn.Conv2d):
-    """A depthwise convolution of stride 1 and odd size whose padding keeps the grid; quick when frozen, on a CPU.
+    """A depthwise convolution of stride 1 and odd size whose padding keeps the grid; quick when frozen, in float32 on a
+    CPU.
 
     While its weights are trained it is nn.Conv2d: their gradient keeps its sums."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Rearranged(torch.autograd.Function):
-    """batch[order], where back undoes it: the gradient is a gather as well, and in the layout of the batch."""
+    """batch[order], where back undoes it: the gradient is a gather as well, and keeps its layout."""
 
     @staticmethod
     def forward(ctx, batch: Tensor, order: Tensor, back: Tensor) -> Tensor:
