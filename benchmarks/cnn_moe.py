@@ -66,6 +66,9 @@ def forward(models: dict[int, CNNMoE], slim: CNN, images: Tensor, options) -> No
     }
     for experts, model in models.items():
         weights = balanced(model, len(images))
+        ways[f"slim network, {experts} slices of the batch"] = evaluated(
+            lambda x, e=experts: [slim(part) for part in x.tensor_split(e)], fast, slim
+        )
         ways[f"mixture of {experts}, routes from the router"] = evaluated(model, fast)
         ways[f"mixture of {experts}, equal shares"] = evaluated(
             lambda x, m=model, w=weights: routed(m, x, w), fast, model

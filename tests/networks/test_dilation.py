@@ -73,7 +73,7 @@ def test_taps_are_taken_where_they_are_quicker(monkeypatch, size, dilation, take
     assert bool(calls) is taken
 
 
-def test_the_gradient_is_a_pass_forward(monkeypatch):
+def test_the_gradient_is_a_pass_forward():
     """oneDNN's own takes up to twenty times as long."""
     (plain, network), images = pair((2, 2), size=(5, 5)), torch.randn(2, CHANNELS, 8, 8)
     slope = torch.randn(2, CHANNELS, 8, 8)
