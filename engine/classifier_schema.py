@@ -118,10 +118,13 @@ class ClassifierTrain(BasicTrain):
                 Mistake(("eps",), "has no effect with method: standard; val_eps is for the validation")
             )
         idle = {"standard": ("beta", "steps", "step_size"), "pgd_at": ("beta",)}.get(method, ())
+        if not data.get("val_eps") and method == "standard":
+            idle += ("val_steps",)
         for key in idle:
             default = cls.model_fields[key].default
             if data.get(key, default) != default:
-                mistakes.append(Mistake((key,), f"has no effect with method: {method}"))
+                why = ", as nothing attacks the validation; set val_eps" if key == "val_steps" else ""
+                mistakes.append(Mistake((key,), f"has no effect with method: {method}{why}"))
         if method in METHODS and method != "advmoe":
             mistakes += [
                 Mistake(("router", key), f"has no effect with method: {method}") for key in idle_keys(data)
@@ -160,7 +163,7 @@ class ClassifierEvaluate(Section):
     eps: Annotated[list[Positive], AfterValidator(each_once)] | None = Field(
         None,
         description="largest changes that attacks may make, for pixels in [0, 1], such as [8/255]; null: that of the "
-        "validation in training, for a training's own config",
+        "validation in training, for a training's own config and norm: linf",
     )
     norm: Literal["linf", "l2"] = Field(
         "linf", description="eps bounds each value (linf), or the length (l2)"
@@ -183,7 +186,10 @@ class ClassifierEvaluate(Section):
     )
     autoattack: NonNegativeInt = Field(
         0,
-        description="images for AutoAttack standard at the largest eps, the first ones of those attacked; 0: none",
+        description="images for AutoAttack standard, the first ones of those attacked; 0: none",
+    )
+    autoattack_eps: Positive | None = Field(
+        None, description="largest change that AutoAttack may make, one of eps; null: the largest of these"
     )
     autoattack_batch_size: PositiveInt = Field(
         25,
@@ -199,6 +205,8 @@ class ClassifierEvaluate(Section):
                     ("deployment_precision",), "needs attacks beside it: evaluate.suite, or evaluate.attacks"
                 )
             )
+        if data.get("autoattack_eps") is not None and not data.get("autoattack"):
+            mistakes.append(Mistake(("autoattack_eps",), "has no effect without evaluate.autoattack"))
         return mistakes
 
 
@@ -257,10 +265,15 @@ class Classification(Config):
             data.get(key) if isinstance(data.get(key), dict) else {} for key in ("network", "train")
         )
         method, name = train.get("method"), network.get("name")
-        mistakes = [] if train.get("eps") or train.get("val_eps") else missing_eps(data.get("evaluate"))
+        evaluate = data.get("evaluate") if isinstance(data.get("evaluate"), dict) else {}
+        known = (train.get("eps") or train.get("val_eps")) and evaluate.get("norm", "linf") == "linf"
+        mistakes = [] if known else missing_eps(evaluate)
         if method in OF_ROUTERS and name in WITHOUT_ROUTER:
             told = f"{method} trains a router, and a {name} has none; allowed: trades, pgd_at, standard"
             mistakes.append(Mistake(("train", "method"), told))
         if train.get("router") and name in WITHOUT_ROUTER and method not in OF_ROUTERS:
             mistakes.append(Mistake(("train", "router"), f"has no effect: a {name} has none"))
+        if train.get("balanced_start", True) is not True and name in WITHOUT_ROUTER:
+            told = f"has no effect: a {name} has no router"
+            mistakes.append(Mistake(("train", "balanced_start"), told))
         return mistakes

@@ -147,6 +147,8 @@ def mistakes_of(
     for detail in error.errors():
         path = (*above, *(key for key in detail["loc"] if key != "[key]"))
         value, kind, context = detail["input"], detail["type"], detail.get("ctx", {})
+        if kind == "default_factory_not_called":
+            continue  # what it depends on is wrong, and told of
         if isinstance(context.get("error"), Mistakes):
             found += [mistake.under(path) for mistake in context["error"].mistakes]
         elif kind == "missing" and isinstance(path[-1], int):

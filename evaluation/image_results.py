@@ -8,7 +8,7 @@ from evaluation.deployment import as_deployed, is_scored
 from evaluation.ledger import Record
 from evaluation.plan import units_of
 from evaluation.robust_results import COLUMNS, Column
-from evaluation.statistics import Estimate, Resamples, estimate_image_mean
+from evaluation.statistics import Resamples, Share, estimate_image_mean
 from evaluation.suites import CLEAN
 from evaluation.targets import PATH
 
@@ -128,9 +128,10 @@ class ImageResults:
         """Passes per image that these attacks took at one eps, as counted."""
         return float(sum(self._forwards[target, eps, member].mean() for member in members))
 
-    def estimate(self, right: np.ndarray) -> Estimate:
+    def estimate(self, right: np.ndarray) -> Share:
         """Of a share of all images, for paired differences."""
-        return estimate_image_mean(self.resamples, right.astype(float))
+        mean = estimate_image_mean(self.resamples, right.astype(float))
+        return Share(mean.value, mean.replicates, mean.resamples)
 
     def only(self, images: Sequence[str], right: np.ndarray) -> np.ndarray:
         """Of these images alone. KeyError for one that isn't there."""

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from engine.command import run
 from engine.config import UserError
+from evaluation.classifier_tables import AUTOATTACK, WORST_OF_ALL
 from evaluation.formats import eps_text, markdown_table
 
-MATRIX, RESULTS = "matrix.csv", "results.csv"
+MATRIX, RESULTS, CHECKS = "matrix.csv", "results.csv", "checks.csv"
 ATTACKED = {
     "clean": "clean",
     "pgd ce": "PGD",
     "worst of common": "common",
     "worst of adaptive": "adaptive",
-    "autoattack": "AutoAttack",
+    AUTOATTACK: "AutoAttack",
+    WORST_OF_ALL: "worst of all",
 }
 FIGURES = {"miou": "mIoU", "aacc": "aAcc", "top1": "top-1"}
 OTHER_FIGURES = {
@@ -80,14 +82,20 @@ def read_attacked(path: Path) -> Figures:
     return {model: {column: own.get(column) for column in columns} for model, own in found.items()}
 
 
+def flagged_in(checks: Path) -> set[str]:
+    """Models that a check raised a flag against; none where there is no such file."""
+    if not checks.exists():
+        return set()
+    with open(checks, newline="", encoding="utf-8") as file:
+        return {row["model"] for row in csv.DictReader(file) if row["severity"] == "flag"}
+
+
 def column_of(row: Mapping[str, str]) -> str | None:
     """Title of what a row of results.csv says of an attacked model; None for what stands in no column here."""
-    if (
-        not row["suite"]
-        or row["kind"] == "difference"
-        or (row["suite"], row["attack"]) == ("autoattack", "clean")
-    ):
+    if not row["suite"] or row["kind"] == "difference":
         return None
+    if row["suite"] == AUTOATTACK and row["attack"] not in (AUTOATTACK, WORST_OF_ALL):
+        return None  # of its fewer images; the suite's figures are of all that were attacked
     eps = f" {eps_text(float(row['eps']))}" if row["eps"] and float(row["eps"]) else ""
     if row["metric"] in OTHER_FIGURES:
         return OTHER_FIGURES[row["metric"]] + eps
@@ -101,7 +109,7 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     of clean figures and worst cases, in place of the clean matrix.
 
     Raises UserError for fewer than two runs, a run given twice, and runs with other columns. Rows that not
-    every run has are named below the table."""
+    every run has are named below the table. ! is behind those with a flag in the checks.csv of a run."""
     name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
     paths = [find_table(folder, name) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -112,11 +120,21 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
         if list(next(iter(table.values()))) != columns:
             raise UserError(f"{path}: has other columns than {paths[0]}; compare runs of one pipeline")
     shared = [name for name in tables[0] if all(name in table for table in tables)]
+    flagged = {one for path in paths for one in flagged_in(path.with_name(CHECKS))} if attacked else set()
     cells = [
-        [name, *(_spread([table[name][column] for table in tables]) for column in columns)] for name in shared
+        [
+            name + " !" * (name in flagged),
+            *(_spread([table[name][column] for table in tables]) for column in columns),
+        ]
+        for name in shared
     ]
     lines = [f"{len(paths)} runs; mean ± sd (smallest .. largest), percent.", ""]
     lines += markdown_table(["model", *columns], cells, left=1)
+    if flagged & set(shared):
+        lines += [
+            "",
+            f"!: a check raised a flag against figures of it in one of these runs; see their {CHECKS}.",
+        ]
     others = sorted({name for table in tables for name in table} - set(shared))
     if others:
         lines += ["", f"Not in every run: {', '.join(others)}."]

@@ -118,6 +118,25 @@ class Estimate:
         return Estimate(self.value - other.value, self.replicates - other.replicates, self.resamples)
 
 
+@dataclass(frozen=True, eq=False)
+class Share(Estimate):
+    """Of a share of independent images, or of a paired difference of two such shares, which is -1 at `least`."""
+
+    least: float = 0.0
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """As of any estimate. Where all images are alike (none differs between two models, say) a bootstrap can't tell
+        how rare others are: then that of 0 of as many images (Clopper-Pearson)."""
+        if self.units < FEWEST_UNITS or np.ptp(self.replicates):
+            return super().interval(level)
+        unseen = clopper_pearson(0, self.units, level)[1]
+        return max(self.least, self.value - unseen), min(1.0, self.value + unseen)
+
+    def __sub__(self, other: Estimate) -> "Share":
+        gap = super().__sub__(other)
+        return Share(gap.value, gap.replicates, gap.resamples, least=-1.0)
+
+
 # (pooled counts [..., K], those of the whole sample [K]) -> figure [...]. A resample may lack a class; the set of
 # classes is the same nevertheless: such a class keeps its IoU of the whole sample. Leaving it out would move a mean
 # over few classes by points, and counting stray predictions of it as an IoU of 0 by more.

@@ -151,7 +151,8 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     refuse_broken(trained, key)
     about = {"network": trained.metadata["network"], "sha256": trained.sha256}
     method = trained.metadata.get("config", {}).get("train", {}).get("method", "")
-    rise = rise_of(trained.file.parent.parent / "metrics.csv")
+    epochs = trained.metadata.get("config", {}).get("train", {}).get("epochs")
+    rise = rise_of(trained.file.parent.parent / "metrics.csv", epochs)
     return Loaded(trained.network, about["network"]["name"], about, method, rise, trained)
 
 
@@ -166,15 +167,17 @@ def refuse_broken(trained: Trained, key: str) -> None:
         )
 
 
-def rise_of(metrics: Path) -> float | None:
+def rise_of(metrics: Path, epochs: int | None) -> float | None:
     """How much the validation's robust accuracy rose over the last fifth of the epochs, from the best before it to the
-    best in it; None for a run that left no such figures on one of the two sides."""
+    best in it; None for a run that left no such figures on one of the two sides, or has not all of its epochs behind
+    it: interrupted, stopped early, or still going on."""
     if not metrics.exists():
         return None
     with open(metrics, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    begun = LAST_FIFTH * int(rows[-1]["epoch"]) if rows else 0
-    before, last = [], []
+    if not rows or int(rows[-1]["epoch"]) != epochs:
+        return None
+    begun, before, last = LAST_FIFTH * epochs, [], []
     for row in rows:
         if row.get("robust_top1"):
             (last if int(row["epoch"]) > begun else before).append(float(row["robust_top1"]))
@@ -328,7 +331,13 @@ def works_of(
         size = settings.autoattack_batch_size
         scenes = Scenes(chosen.take(np.arange(settings.autoattack)), size)
         about = {**about, "batch": size}
-        setup = Setup(eps=(max(settings.eps),), suite=AUTOATTACK, about=about, **shared)
+        eps = settings.autoattack_eps or max(settings.eps)
+        if eps not in settings.eps:
+            told = ", ".join(f"{one * 255:g}/255" for one in settings.eps)
+            raise UserError(
+                f"evaluate.autoattack_eps: {eps * 255:g}/255 is none of evaluate.eps; allowed: {told}"
+            )
+        setup = Setup(eps=(eps,), suite=AUTOATTACK, about=about, **shared)
         found.append(Work(AUTOATTACK, "ledger_autoattack", scenes, targets, own, setup))
     return found
 

@@ -32,7 +32,7 @@ from evaluation.findings import Finding, Flags
 from evaluation.results import FLOOR
 from evaluation.tables import RESULT_COLUMNS
 from tests.evaluation import image_ledgers as made
-from tests.evaluation.image_ledgers import LABELS, MOE, PATHS, PLAIN
+from tests.evaluation.image_ledgers import LABELS, MOE, PATHS, PLAIN, wrong
 
 ROOT = Path(__file__).resolve().parents[2]
 ABOUTS = {
@@ -177,6 +177,9 @@ def test_autoattack_stands_with_its_own_figures(written, value):
     assert of_ten(attack="autoattack path 0", metric="top1") == pytest.approx(8)
     assert of_ten(attack="autoattack path 0", metric="top1_of_pathway") == pytest.approx(2)
     assert of_ten(attack="worst of adaptive", metric="top1") == pytest.approx(7)
+    assert of_ten(attack="worst of all", metric="top1") == pytest.approx(2)
+    gap, row = value(**suite, metric="top1_suite_minus_autoattack")
+    assert gap == pytest.approx(12 * (0.2 - 0.9)) and float(row["ci_low"]) < -0.7 < float(row["ci_high"]) < 0
 
 
 def test_markdown_tells_what_the_ledgers_say(written):
@@ -208,11 +211,13 @@ def test_markdown_tells_what_the_ledgers_say(written):
     (line,) = [line for line in auto if line.startswith(f"| {MOE} !")]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     # of ten images the suite leaves 8, 9 right, AutoAttack all but 0
-    assert cells[1] == "100.00" and cells[2].startswith("20.00 [") and cells[3].startswith("90.00 [")
-    assert cells[4:6] == ["20.00, 80.00", "90.00, 100.00"] and cells[6].startswith("20.00 [")
+    assert cells[1] == "100.00" and cells[2].startswith("20.00* [") and cells[3].startswith("90.00 [")
+    assert cells[4:6] == ["20.00, 80.00", "90.00, 100.00"] and cells[6].startswith("20.00* [")
     assert cells[7].startswith("-70.00 [")
     (plain,) = [line for line in auto if line.startswith(f"| {PLAIN} ")]
     assert "| - | - |" in plain and "+10.00 [" in plain
+    assert "*: within its interval of the floor of these images, 40.00." in auto[2]
+    assert f"| {FLOOR} | 40.00 | 40.00 | 40.00 | - | - | 40.00 | - |" in auto
     assert "-16.67 [" in [line for line in text if line.startswith(f"- {MOE} - {PLAIN}")][0]
     names = (written / "classifiers.md").read_text()
     costs = "0.0123 (0.0100 + 0.0023) | 2,000 | 1,100"
@@ -237,13 +242,17 @@ def test_differences_are_of_whole_models_and_paired(written):
 def test_the_checks_say_why_plain_attacks_are_not_believed(written, tmp_path):
     flags = {(row["model"], row["check"], row["eps"]): row["text"] for row in rows_of(written / "checks.csv")
              if row["severity"] == "flag"}  # fmt: skip
-    told = flags[MOE, "AutoAttack beside the adaptive suite", "0.02"]
-    assert "AutoAttack leaves 90.00 % of 10 images right" in told and (
-        "attacks that know the router and images made for its pathways leave 20.00 %" in told
+    told = flags[MOE, "AutoAttack beside our suite", "0.02"]
+    assert told == (
+        "AutoAttack leaves 90.00 % of 10 images right, our suite 20.00 %, it and images made for its pathways 20.00 %; "
+        "the router hides its gradient from AutoAttack, whose figure means nothing"
     )
-    assert told.endswith("the router hides its gradient from AutoAttack, whose figure means nothing")
     assert "the common figure means nothing" in flags[MOE, "masking", "0.02"]
-    assert not [key for key in flags if key[0] == PLAIN and key[1].startswith("AutoAttack")]
+    told = flags[PLAIN, "AutoAttack beside our suite", "0.02"]
+    assert told == (
+        "AutoAttack leaves 0.00 % of 10 images right, our suite 10.00 %; our suite is too weak here, its figures mean "
+        "nothing: go by the worst of all"
+    )
 
 
 def test_autoattack_alone_calls_no_mixture_robust(tmp_path):
@@ -266,7 +275,11 @@ def test_no_gap_no_flag(tmp_path):
     every = {key: made.wrong(*range(12)) for key in ((MOE, 0.02, "autoattack"), (PLAIN, 0.02, "autoattack"))}
     auto = load_images(made.write(tmp_path / "auto", made.auto_plan(), every))
     results = load_images(made.suite(tmp_path / "suite"))
-    assert [one.severity for one in auto_findings(results, auto)] == ["ok"]
+    found = auto_findings(results, auto)  # of the mixture the suite leaves 20 %, of the plain network 10 %
+    assert [(one.target, one.severity) for one in found] == [(MOE, "flag"), (PLAIN, "flag")]
+    few = {(MOE, 0.02, "autoattack"): wrong(*range(8)), (PLAIN, 0.02, "autoattack"): wrong(*range(9))}
+    auto = load_images(made.write(tmp_path / "few", made.auto_plan(), few))
+    assert [one.severity for one in auto_findings(results, auto)] == ["ok", "ok"]
 
 
 def test_made_again_they_are_the_same_bytes(written):
@@ -305,12 +318,17 @@ def test_answers_of_the_clean_pass_are_read_from_its_folder(tmp_path):
     found = read_clean(tmp_path, list("abcd"), "test")
     assert found.split == "test" and found.classes == tuple("abcd") and list(found.answers) == [MOE, PLAIN]
     flags = Flags([Finding("masking", MOE, 0.02, "", "flag", "a gap")])
-    lines = summary(found, load_images(made.suite(tmp_path / "ledger")), flags)
+    lines = summary(found, load_images(made.suite(tmp_path / "ledger")), None, flags)
     assert lines[0].split() == ["top-1", "in", "%", "clean", "eps", "2.55/255", "eps", "5.1/255"]
     assert lines[1].split() == [MOE, "91.67", "58.33", "25.00", "!1"]
     assert lines[3].split() == ["best", "constant", "class", *["33.33"] * 3] and lines[-1].startswith("!1 ")
-    alone = summary(replace(found, answers={PLAIN: found.answers[PLAIN]}), None, Flags([]))
+    alone = summary(replace(found, answers={PLAIN: found.answers[PLAIN]}), None, None, Flags([]))
     assert alone[1].split() == [PLAIN, "100.00"] and len(alone) == 3
+    suite, auto = load_images(tmp_path / "ledger"), load_images(made.auto(tmp_path / "auto"))
+    both = summary(found, suite, auto, flags)
+    assert both[0].endswith("eps 5.1/255  with AutoAttack, eps 5.1/255, 10 images")
+    assert both[1].split() == [MOE, "91.67", "58.33", "25.00", "!1", "20.00", "!1"]
+    assert both[2].split() == [PLAIN, "100.00", "75.00", "25.00", "0.00"]
 
 
 def test_killed_within_autoattack_and_between_units_the_tables_are_those_of_an_uninterrupted_run(tmp_path):

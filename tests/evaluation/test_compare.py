@@ -62,7 +62,19 @@ def test_classifiers_are_compared_by_top1(tmp_path):
     moe, plain = read_side(f"{tmp_path / 'a'}:{made.MOE}"), read_side(f"{tmp_path / 'b'}:{made.PLAIN}")
     right = [side.results.worst(side.row, 0.01, "adaptive") for side in (moe, plain)]
     gap = 100 * (right[0].mean() - right[1].mean())
-    assert f"top-1, adaptive: {moe.name} - {plain.name} = {gap:+.2f} [" in comparison([moe, plain])
+    page = comparison([moe, plain])
+    assert f"top-1, adaptive: {moe.name} - {plain.name} = {gap:+.2f} [" in page
+    assert page.endswith(", if both trainings had ended (rise, in classifiers.md).")
+
+
+def test_classifiers_that_differ_on_no_image_may_differ_on_others(tmp_path):
+    plan = made.suite_plan()
+    plan["protocol"]["task"] = "classification"
+    for name in "ab":
+        made.write(tmp_path / name / "ledger", plan, {})  # all right everywhere
+    sides = [read_side(f"{tmp_path / name}:{made.MOE}") for name in "ab"]
+    unseen = 100 * (1 - 0.025 ** (1 / 12))  # Clopper-Pearson's for 0 of 12
+    assert f"= +0.00 [-{unseen:.1f}, {unseen:.1f}]: these data can't tell" in comparison(sides)
 
 
 def other_image(manifest):

@@ -12,6 +12,7 @@ from evaluation.statistics import (
     ClassCounts,
     Estimate,
     Resamples,
+    Share,
     aacc,
     clopper_pearson,
     estimate_image_mean,
@@ -123,6 +124,22 @@ def test_identical_models_differ_by_exactly_nothing_and_a_pair_is_narrower_than_
         assert zero.value == 0 and not zero.replicates.any() and zero.interval() == (0, 0)
         assert (better[name] - first[name]).interval()[0] > 0
         assert width(better[name] - first[name]) < width(better[name])
+
+
+def test_shares_that_no_resample_changes_have_the_interval_of_nothing_seen():
+    resamples, unseen = Resamples([str(image) for image in range(40)]), clopper_pearson(0, 40)[1]
+
+    def share(right):
+        mean = estimate_image_mean(resamples, np.asarray(right, dtype=float))
+        return Share(mean.value, mean.replicates, mean.resamples)
+
+    some = np.arange(40) < 10
+    assert share(np.ones(40)).interval() == pytest.approx((1 - unseen, 1))
+    assert share(np.zeros(40)).interval() == pytest.approx((0, unseen))
+    assert (share(some) - share(some)).interval() == pytest.approx((-unseen, unseen))
+    assert (share(np.ones(40)) - share(np.zeros(40))).interval() == pytest.approx((1 - unseen, 1))
+    for one in (share(some), share(some) - share(np.arange(40) < 7)):
+        assert one.interval() == one.percentiles()
 
 
 def test_a_difference_is_of_the_same_resamples_only():

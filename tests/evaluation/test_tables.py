@@ -9,6 +9,7 @@ import pytest
 
 from engine.command import run
 from engine.config import UserError
+from evaluation.findings import FINDING_COLUMNS, Finding, finding_rows
 from evaluation.formats import csv_text
 from evaluation.results import FLOOR, Protocol, Results, RowInfo
 from evaluation.seeds import main, summary
@@ -196,6 +197,9 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
             row("moe", "quick", "change_route", 0.1, "top1_attack_on_router", 0.4),
             row("moe", "autoattack", "clean", 0.0, "top1", 0.98),
             row("moe", "autoattack", "autoattack", 0.1, "top1", 0.2),
+            row("moe", "autoattack", "worst of adaptive", 0.1, "top1", 0.1),
+            row("moe", "autoattack", "worst of all", 0.1, "top1", 0.05),
+            row("moe", "autoattack", "autoattack", 0.1, "top1_suite_minus_autoattack", 0.3),
             row("plain", "quick", "clean", 0.0, "top1", 0.9),
             row("moe - plain", "quick", "worst of adaptive", 0.1, "top1", 0.1, "difference"),
             row(FLOOR, "quick", "", "", "top1", 0.1, "floor"),
@@ -204,11 +208,24 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
         (tmp_path / name / "results.csv").write_text(csv_text(RESULT_COLUMNS, rows))
     head, _, moe, plain = summary([tmp_path / "a", tmp_path / "b"], attacked=True).splitlines()[2:]
     titles = ["top-1 clean", "top-1 PGD 25.5/255", "top-1 adaptive 25.5/255", "router attacked 25.5/255"]
-    assert head == f"| model | {' | '.join([*titles, 'top-1 AutoAttack 25.5/255'])} |"
+    titles += ["top-1 AutoAttack 25.5/255", "top-1 worst of all 25.5/255"]
+    assert head == f"| model | {' | '.join(titles)} |"
     assert moe.startswith(
         "| moe | 55.00 ± 7.07 (50.00 .. 60.00) | 77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
     )
-    assert plain == "| plain | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - |"
+    assert moe.endswith(" | 20.00 ± 0.00 (20.00 .. 20.00) | 5.00 ± 0.00 (5.00 .. 5.00) |")
+    assert plain == "| plain | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - | - |"
+    found = [
+        Finding("masking", "plain", 0.1, "", "flag", "a gap"),
+        Finding("masking", "moe", 0.1, "", "ok", ""),
+    ]
+    (tmp_path / "b" / "checks.csv").write_text(csv_text(FINDING_COLUMNS, finding_rows(found)))
+    lines = summary([tmp_path / "a", tmp_path / "b"], attacked=True).splitlines()
+    assert lines[4] == moe and lines[5] == plain.replace("plain", "plain !")
+    assert (
+        lines[-1]
+        == "!: a check raised a flag against figures of it in one of these runs; see their checks.csv."
+    )
     assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "top1", 1)]))
     with pytest.raises(UserError, match="holds no attacked figures"):

@@ -47,8 +47,8 @@ def test_every_method_trains_and_keeps_what_it_learned(tmp_path, method, network
         ):
             config(tmp_path, network, method=method)
         return
-    eps = None if method == "standard" else 0.1
-    folder, rows, (result,), one = run(tmp_path, network, method=method, eps=eps)
+    eps, steps = (None, None) if method == "standard" else (0.1, 2)
+    folder, rows, (result,), one = run(tmp_path, network, method=method, eps=eps, val_steps=steps)
     assert result.steps == 3 and result.epochs == 1
     attacked = {"attacked_top1", "robust_top1"}
     if network is ROUTED:
@@ -333,6 +333,11 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
         ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
         ({"method": "standard", "eps": None, "steps": 4}, "train.steps: has no effect with method: standard"),
+        (
+            {"method": "standard", "eps": None, "val_steps": 3},
+            "train.val_steps: has no effect .* set val_eps",
+        ),
+        ({"epochs": "many"}, '^(?!.*train.monitor)(?s:.*)train.epochs: "many"'),
         ({"method": "advmo"}, "train.method: .*did you mean 'advmoe'"),
         ({"router": {"target": "labels"}}, "train.router.target"),
     ],

@@ -272,6 +272,10 @@ def test_clean_alone_needs_no_images_to_attack(bench):
         ({"attack_rows": ["mole"]}, "evaluate.attack_rows: there is no model 'mole'; allowed: moe, plain"),
         ({"attack_images": 1201}, "evaluate.attack_images: 1201 of 1200 test images; all takes them all$"),
         ({"autoattack": 7}, "evaluate.autoattack: 7 of evaluate.attack_images, 6"),
+        (
+            {"autoattack": 1, "autoattack_eps": 8 / 255},
+            "evaluate.autoattack_eps: 8/255 is none of evaluate.eps; allowed: 25.5/255, 76.5/255",
+        ),
         ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 of 1200 test images$"),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
@@ -305,6 +309,7 @@ def test_what_cannot_be_attacked_is_told_before_any_work(bench, settings, told, 
         ),
         ({"attacks": ["clean"], "deployment_precision": "bf16"}, "deployment_precision: needs attacks"),
         ({"deployment_precision": "fp16"}, "evaluate.deployment_precision"),
+        ({"autoattack_eps": 0.1, "eps": [0.1]}, "evaluate.autoattack_eps: has no effect without"),
         ({"attacks": [{"name": "pgd", "stepps": 2}]}, "stepps"),
     ],
 )
@@ -507,7 +512,10 @@ def test_a_training_is_attacked_at_the_eps_of_its_validation(bench):
     plain = bench.training("run", {"name": "cnn", "arch": "resnet18"}).plain()
     assert as_evaluation(from_dict(plain)).evaluate.eps == [0.1]
     assert as_evaluation(from_dict(plain | {"evaluate": {"eps": [0.2, 0.3]}})).evaluate.eps == [0.2, 0.3]
+    with pytest.raises(ConfigError, match="evaluate.eps: missing; attacks need it"):
+        from_dict(plain | {"evaluate": {"autoattack": 5, "norm": "l2"}})
     plain["train"]["val_eps"] = None
+    plain["train"].pop("val_steps")
     with pytest.raises(ConfigError, match="evaluate.eps: missing; attacks need it"):
         from_dict(plain | {"evaluate": {"autoattack": 5}})
 
@@ -541,11 +549,14 @@ def test_how_much_validation_rose_over_the_last_fifth(tmp_path):
         path.write_text(
             "epoch,robust_top1\n" + "".join(f"{epoch},{one}\n" for epoch, one in enumerate(values, 1))
         )
-        return rise_of(path)
+        return rise_of(path, len(values))
 
     assert rose([0.1, 0.5, 0.4, 0.3, 0.6]) == pytest.approx(0.1)
     assert rose([0.1, 0.5, 0.4, 0.3, 0.2]) == 0
     assert rose([0.1] * 8 + [0.3, 0.2]) == pytest.approx(0.2)
     assert rose(["", 0.1, 0.2, 0.3, 0.4, 0.9]) == pytest.approx(0.6)
     assert rose(["", 0.1, "", 0.3, "", 0.4, "", 0.6]) == pytest.approx(0.2)  # validated at every other epoch
-    assert rose([0.1]) is None and rose(["", ""]) is None and rise_of(tmp_path / "none.csv") is None
+    assert rose([0.1]) is None and rose(["", ""]) is None and rise_of(tmp_path / "none.csv", 8) is None
+    assert rose([0.1] * 8) == 0
+    for epochs in (9, 60, None):  # interrupted, stopped early, or of a checkpoint that doesn't tell
+        assert rise_of(tmp_path / "metrics.csv", epochs) is None
