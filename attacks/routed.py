@@ -409,8 +409,9 @@ def worst_vertex(search: RoutedSearch) -> Tensor:
     weights = torch.full_like(search.gate_logits, 1 / search.gate_logits.shape[-4])
     for _ in range(ROUNDS):
         leaf = weights.requires_grad_()
-        lead = image_loss(soft_margin, search.clean_mix(leaf), search.labels, search.threat)
-        (slope,) = torch.autograd.grad(lead.sum(), leaf)
+        with torch.enable_grad():
+            lead = image_loss(soft_margin, search.clean_mix(leaf), search.labels, search.threat).sum()
+        (slope,) = torch.autograd.grad(lead, leaf)
         vertex = one_hot(slope.sum(dim=(-2, -1), keepdim=True))
         weights = vertex.expand_as(search.gate_logits).clone()
     return vertex

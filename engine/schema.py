@@ -253,9 +253,18 @@ class Train(BasicTrain):
     adversarial: Annotated[
         Adversarial | Literal["none"], PlainValidator(partial(_section_or_none, Adversarial))
     ] = Field("none", description="attacks on the training images, or none")
-    monitor: Literal["miou", "aacc", "macc", "fwiou"] = Field(
-        "miou", description="validation figure of the best"
+    monitor: Literal["miou", "aacc", "macc", "fwiou", "robust_miou"] = Field(
+        default_factory=lambda train: "miou" if train.get("adversarial", "none") == "none" else "robust_miou",
+        description="validation figure of the best: robust_miou, under the attack of train.adversarial, or of clean "
+        "frames; null: robust_miou where there is such an attack, else miou",
     )
+
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        if data.get("monitor") == "robust_miou" and data.get("adversarial", "none") == "none":
+            told = "robust_miou is unknown as nothing attacks the validation; set train.adversarial, or take miou"
+            return [Mistake(("monitor",), told)]
+        return []
 
 
 def word_or_count(*words: str) -> PlainValidator:
@@ -338,7 +347,8 @@ class Evaluate(Section):
     )
     eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
         [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255],
-        description="largest changes that attacks may make, for pixels in [0, 1], such as [0.5/255, 1/255]",
+        description="largest changes that attacks may make, for pixels in [0, 1], such as [0.5/255, 1/255]; norm: l2 "
+        "needs its own",
     )
     norm: Literal["linf", "l2"] = Field(
         "linf", description="eps bounds each value (linf), or the length (l2)"
@@ -390,7 +400,11 @@ class Evaluate(Section):
         if data.get("adversarials") == "uint8" and isinstance(eps, list):
             numbers = [number for number in map(number_or_none, eps) if number]
             mistakes += [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
-        if data.get("suite", "none") == "none" and not attacking(data.get("attacks")):
+        attacked = data.get("suite", "none") != "none" or attacking(data.get("attacks"))
+        if attacked and data.get("norm") == "l2" and data.get("eps") is None:
+            told = "missing; the radii that stand for it are of linf: name those of l2, such as [0.5, 1, 2]"
+            mistakes.append(Mistake(("eps",), told))
+        if not attacked:
             mistakes += [
                 Mistake((key,), "needs attacks beside it: evaluate.suite, or evaluate.attacks")
                 for key in ("transfer", "detectors", "deployment_precision")
@@ -482,7 +496,8 @@ class Run(Config):
         """What is trained on attacked images is attacked more strongly, where the config names no eps."""
         train, evaluate = data.get("train"), data.get("evaluate") or {}
         robust = isinstance(train, dict) and train.get("adversarial") not in (None, "none")
-        if robust and isinstance(evaluate, dict) and evaluate.get("eps") is None:
+        linf = isinstance(evaluate, dict) and evaluate.get("norm", "linf") == "linf"
+        if robust and linf and evaluate.get("eps") is None:
             return {**data, "evaluate": {**evaluate, "eps": list(ROBUST_EPS)}}
         return data
 

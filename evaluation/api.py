@@ -29,6 +29,8 @@ from evaluation.suites import (
 from evaluation.target_checks import check_first
 from evaluation.targets import has_tensors, target_of
 
+LINF_EPS = (0.5 / 255, 1 / 255, 2 / 255)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -44,7 +46,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     suite: str = "quick",
     *,
-    eps: Sequence[float] = (0.5 / 255, 1 / 255, 2 / 255),
+    eps: Sequence[float] | None = None,
     norm: str = "linf",
     attacks: Sequence[Component | Mapping] = (),
     classes: Sequence[str] = (),
@@ -63,12 +65,12 @@ def evaluate(
 
     model: images [B, 3, H, W] in [0, 1] -> logits [B, K, H, W]; what else it offers (see evaluation.stand_ins)
     decides which attacks it gets. loader: the same batches (images float32 in [0, 1], labels [B, H, W]) in the same
-    order whenever it is gone through. attacks: further ones, as in YAML ({"name": "pgd", "steps": 40}) or as
-    engine.config.component makes them. class_pixels: labelled pixels of each class in the training data (None: in the
-    loader), for attacks that weigh classes. blocks: for each image the name of its block of similar ones (None: each
-    image for itself). folder: where ledger and tables are kept, so that a second call goes on where the first was
-    stopped (None: nowhere); a model without tensors of its own, such as a function, can't be told from another one and
-    needs a new folder each time.
+    order whenever it is gone through. eps: largest changes (None: 0.5, 1 and 2 /255 of linf). attacks: further ones,
+    as in YAML ({"name": "pgd", "steps": 40}) or as engine.config.component makes them. class_pixels: labelled pixels of
+    each class in the training data (None: in the loader), for attacks that weigh classes. blocks: for each image the
+    name of its block of similar ones (None: each image for itself). folder: where ledger and tables are kept, so that a
+    second call goes on where the first was stopped (None: nowhere); a model without tensors of its own, such as a
+    function, can't be told from another one and needs a new folder each time.
     deployment_precision: bf16 scores the attacked images, which are made in float32, in bf16 as well.
     checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
     gradients, batches, an implanted weakness that attacks have to find.
@@ -80,6 +82,11 @@ def evaluate(
             f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
             "told from the model of that one; take a new folder, or give the nn.Module itself"
         )
+    if torch.is_inference_mode_enabled():
+        raise UserError("evaluate: attacks need gradients; call it outside of torch.inference_mode()")
+    if eps is None and norm == "l2":
+        raise UserError("eps: missing; norm l2 has no radii of its own, such as [0.5, 1, 2]")
+    eps = LINF_EPS if eps is None else eps
     if isinstance(eps, int | float | str):
         raise UserError(f"eps: {eps!r} is wrong; expected several numbers, such as [{eps}]")
     batches = loader if iter(loader) is not loader else list(loader)

@@ -185,6 +185,9 @@ def is_supported(layer: nn.Module) -> bool:
 
 def bounds(layer: nn.Module, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Of a layer's outputs for inputs between low and high, exact for each output by itself."""
+    if isinstance(layer, Normalize):  # falls where std is below 0
+        ends = layer(low), layer(high)
+        return torch.minimum(*ends), torch.maximum(*ends)
     if not isinstance(layer, AFFINE):
         return layer(low), layer(high)
     middle, reach = layer((low + high) / 2), (high - low) / 2

@@ -25,6 +25,9 @@ from evaluation.statistics import Estimate
 
 LEDGER = "ledger"
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "top1": "top-1"}  # of what rows are compared by
+PARITY = (
+    0.75  # of the network passes of a row, from which another counts as attacked as hard: restarts are whole
+)
 UNLESS = ", if both trainings had ended (rise, in classifiers.md)"
 MACHINE = ("torch", "threads", "device")  # of a protocol: changes last digits of sums alone
 
@@ -59,6 +62,11 @@ class Side:
 
     def passes(self, eps: float, column: Column) -> float:
         return self.results.passes(self.row, eps, self.results.members(self.row, column))
+
+    @property
+    def network_passes(self) -> int:
+        """Of all its attacks at one eps, each pass counted once for every network that it runs."""
+        return sum(one["network_passes"] for one in self.results.targets[self.row]["members"])
 
     @property
     def kind(self) -> tuple:
@@ -167,7 +175,14 @@ def pair_lines(sides: Sequence[Side], eps: float) -> Iterator[str]:
             at_floor = all(within_floor(one, least) for one in worst)
             said = verdict(*gap.interval(), at_floor, "the first")
             shown = f"{first.name} - {second.name} = {points(gap.value)}{in_brackets(*gap.interval())}"
-            yield f"- {TITLES[name]}, adaptive: {shown}: {said}{UNLESS if name == 'top1' else ''}."
+            said += UNLESS * (name == "top1")
+            least, most = sorted(side.network_passes for side in (first, second))
+            if least < PARITY * most:
+                said += (
+                    f"; not attacked as hard, by {first.network_passes} and {second.network_passes} network passes (a "
+                    "single network gets its restarts where it stands beside mixtures or ensembles in one evaluation)"
+                )
+            yield f"- {TITLES[name]}, adaptive: {shown}: {said}."
 
 
 def main(arguments: Sequence[str]) -> int:

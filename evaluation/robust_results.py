@@ -1,6 +1,6 @@
 """Every robust figure as a function of a ledger: worst cases with intervals, single attacks, floor, differences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -54,16 +54,20 @@ class Worst:
 
 class RobustResults:
     """What a complete ledger says. N images; counts of a target are [A, N, K] with A candidates, clean first, then
-    eps ascending: every candidate of a smaller eps is one of a larger eps, too. deployed: the same of the answers in
-    bf16, where the ledger has them."""
+    eps ascending: every candidate of a smaller eps is one of a larger eps, too. only: names of the images that count,
+    such as those that another evaluation has as well (None: all). deployed: the same of the answers in bf16, where the
+    ledger has them."""
 
-    def __init__(self, manifest: Mapping, units: Mapping[str, Sequence[Record]]):
+    def __init__(
+        self, manifest: Mapping, units: Mapping[str, Sequence[Record]], only: Collection[str] | None = None
+    ):
         self.manifest, self.protocol = manifest, manifest["protocol"]
         self.classes = tuple(self.protocol["classes"])
-        self.images = tuple(image["name"] for image in manifest["images"])
+        images = [image for image in manifest["images"] if only is None or image["name"] in only]
+        self.images = tuple(image["name"] for image in images)
         self.targets = {target["name"]: target for target in manifest["targets"]}
         self.ladder = tuple(manifest["eps"])
-        self.resamples = Resamples([image["block"] for image in manifest["images"]])
+        self.resamples = Resamples([image["block"] for image in images])
         self._place = {name: place for place, name in enumerate(self.images)}
         self._columns = {name: {} for name in self.targets}  # of each target: member -> column
         self._cells: dict[tuple, ClassCounts] = {}  # (target, eps, member, incumbent) -> [N, K]
@@ -76,9 +80,10 @@ class RobustResults:
             self._columns[unit.target][unit.member] = unit.column
             self.seconds_of[unit.name] = (unit.target, unit.eps, unit.member)
             for record in units[unit.name]:
-                self._take(unit, record)
+                if record["image"] in self._place:
+                    self._take(unit, record)
         self._worst: dict[tuple, Worst] = {}
-        self.deployed = RobustResults(manifest, as_deployed(units)) if is_scored(units) else None
+        self.deployed = RobustResults(manifest, as_deployed(units), only) if is_scored(units) else None
 
     def _take(self, unit, record: Record) -> None:
         key, image = (unit.target, unit.eps, unit.member), self._place[record["image"]]

@@ -1,8 +1,8 @@
 """Suites of attacks with a stated cost: quick, standard, sea. `python -m evaluation.suites` prints what each costs.
 
 Common members are the same for every network. Adaptive ones know what they attack: the gate of a mixture, the
-members of an ensemble. A single network beside mixtures of E gets restarts until it has taken as many network passes
-as they have: a mixture's pass runs E networks, in the common members too.
+members of an ensemble. A single network beside mixtures of E gets restarts until its attacks have taken as many steps,
+counted in networks, as theirs: a step on a mixture runs E of them, forward and back, in the common members too.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def members(suite: str, kind: Kind, num_experts: int, parity: int = 1) -> list[M
     common = [member(name, one, "common", kind, num_experts) for name, one in COMMON[suite].items()]
     if kind == "single":
         first, own = (sum(one["steps"] for one in group[suite].values()) for group in (COMMON, SINGLE))
-        whole = parity * (first + scale(parity) * own)  # network passes of the mixtures
+        whole = parity * (first + scale(parity) * own)  # steps of the mixtures, counted in networks
         restarts = -(-(whole - first) // own)
         own = {name: {**one, "restarts": restarts} for name, one in SINGLE[suite].items()}
     else:
@@ -301,7 +301,7 @@ def main(argv: Sequence[str]) -> int:
     print(
         "Passes per image at one eps. A pass is one forward pass, nearly always with a backward pass, through every\n"
         "network of the target. single: a network by itself, or beside mixtures and ensembles of 2 networks, where it\n"
-        "gets restarts for as many network passes; soft 2, hard 2: mixtures of 2 experts; ensemble 2: of 2 networks."
+        "gets restarts for as many steps, counted in networks; soft 2, hard 2: mixtures of 2 experts; ensemble 2: of 2."
     )
     for suite in COMMON:
         print("\n".join(["", suite, "", *describe(suite)]))

@@ -21,7 +21,7 @@ from evaluation.formats import percent
 from evaluation.plan import Scene, Setup
 from evaluation.record_checks import ALARM, WHITE_BOX
 from evaluation.suites import Member
-from evaluation.targets import ROUTED, Target, exact_float32, threat_on
+from evaluation.targets import PRODUCTS, ROUTED, Target, exact_float32, threat_on
 
 CHECKED = 2  # images of a batch that are looked at
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it
@@ -151,7 +151,6 @@ def float32_throughout(target: Target, images: Tensor, labels: Tensor, threat: T
     up to 80 % of a perturbation of 0.25/255. 1 pass with a backward pass."""
     with Precisions() as precisions:
         gradient, logits = input_gradient(target.model, images, labels, threat)
-    backends = torch.backends
     low = [
         f"{str(kind).removeprefix('torch.')} (first in {where})"
         for kind, where in precisions.seen.items()
@@ -161,8 +160,8 @@ def float32_throughout(target: Target, images: Tensor, labels: Tensor, threat: T
         low.append(f"{gradient.dtype} gradient")
     if logits.dtype != torch.float32:
         low.append(f"{logits.dtype} logits")
-    if images.is_cuda and (backends.cuda.matmul.allow_tf32 or backends.cudnn.allow_tf32):
-        low.append("TF32")
+    products = {one.fp32_precision for one in PRODUCTS.get(images.device.type, ())}
+    low += [f"products of float32 in {one}" for one in sorted(products & {"tf32", "bf16"})]
     if low:
         text = f"computes in {', '.join(low)}"
         return [Finding("float32", target.name, None, "", "flag", text)]

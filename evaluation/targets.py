@@ -17,6 +17,10 @@ from engine.config import UserError
 
 Kind = Literal["single", "ensemble", "soft", "hard"]
 ROUTED = ("soft", "hard")
+PRODUCTS = {  # of float32, on a type of device: how exactly they are computed, by `fp32_precision` of each
+    "cuda": (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn),
+    "cpu": (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.rnn),
+}
 PATH = " path "  # between a mixture's name and the number of a pathway, in the name of its row
 
 
@@ -106,8 +110,30 @@ def fingerprint_of(model: Callable) -> dict[str, str]:
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
     return {
         "tensors": tensors_sha256(tensors),
-        "modules": hashlib.sha256(repr(model).encode()).hexdigest(),
+        "modules": hashlib.sha256("\n".join(settings_of(model)).encode()).hexdigest(),
     }
+
+
+def settings_of(model: nn.Module) -> Iterator[str]:
+    """What tells modules of equal tensors apart: what they print, and their public attributes that are plain values or
+    functions, such as the rule of an ensemble or the temperature of a gate."""
+    yield repr(model)
+    for path, module in model.named_modules():
+        for name, value in sorted(vars(module).items()):
+            text = text_of(value)
+            if text and not name.startswith("_") and name != "training":
+                yield f"{path}.{name} = {text}"
+
+
+def text_of(value: object) -> str | None:
+    """What tells a value from others: numbers and words as they are, functions and classes by their names, and lists of
+    these; None for anything else."""
+    if isinstance(value, list | tuple):
+        parts = [text_of(one) for one in value]
+        return None if None in parts else f"[{', '.join(parts)}]"
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    return getattr(value, "__qualname__", None)
 
 
 def has_tensors(model: Callable) -> bool:
@@ -135,18 +161,22 @@ def threat_on(target: Target, threat: Threat, device: torch.device | str) -> Thr
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """float32 is float32 inside: no autocast, no TF32, and no algorithm that gives other bits the next time."""
-    matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn
-    before = (matmul, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+    """float32 is float32 inside: no autocast, neither TF32 nor bf16 for its products, on CPUs either, and no algorithm
+    that gives other bits the next time."""
+    cudnn, products = torch.backends.cudnn, [*chain(*PRODUCTS.values())]
+    before, precisions = (cudnn.deterministic, cudnn.benchmark), [one.fp32_precision for one in products]
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
-    cudnn.deterministic = True
+    cudnn.deterministic, cudnn.benchmark = True, False
+    for one in products:
+        one.fp32_precision = "ieee"
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        for one, precision in zip(products, precisions, strict=True):
+            one.fp32_precision = precision
+        cudnn.deterministic, cudnn.benchmark = before
         torch.use_deterministic_algorithms(deterministic, warn_only=warn)

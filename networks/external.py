@@ -4,10 +4,12 @@ import hashlib
 import importlib.util
 import inspect
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from engine.config import PositiveInt, UserError
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
 
+INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 # What a routed network or an ensemble offers to adaptive attacks and to evaluation, beside its logits.
 OFFERED = {
     "combine",
@@ -180,12 +183,34 @@ def imported(file: Path):
 
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
-    """Inside, the files of the folder can be imported."""
-    sys.path.insert(0, str(folder.resolve()))
+    """Inside, the files of the folder can be imported, and come before those of their names that were imported from
+    another network's folder, or are ours; never before what is installed."""
+    place = folder.resolve()
+    names = {path.stem for path in place.glob("*.py")} | {
+        path.parent.name for path in place.glob("*/__init__.py")
+    }
+    hidden = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in names and not lies_in(module, [place, *INSTALLED])
+    }
+    for name in hidden:
+        del sys.modules[name]
+    sys.path.insert(0, str(place))
     try:
         yield
     finally:
-        sys.path.remove(str(folder.resolve()))
+        sys.path.remove(str(place))
+        tops = {name.partition(".")[0] for name in hidden}
+        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+            del sys.modules[name]
+        sys.modules.update(hidden)
+
+
+def lies_in(module: ModuleType, folders: Sequence[str | Path]) -> bool:
+    """Whether a module is from a file in or below one of the folders, or from none."""
+    file = getattr(module, "__file__", None)
+    return file is None or any(Path(file).resolve().is_relative_to(Path(one).resolve()) for one in folders)
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     results, asked = None, robustness.attacked_rows(config, index, zoo) if attacked else None
     if asked:
         robustness.refuse_unlabelled(config, index, subsets)
+        robustness.begin_ledger(config, index, *asked, device, folder, subsets, options.overwrite)
     if rank == 0:
         robustness.begin(folder)
         corruptions.begin(folder, options.overwrite and not options.resume)

@@ -18,6 +18,7 @@ from evaluation.formats import eps_text
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all
+from evaluation.robust import begin as begin_empty
 from evaluation.robust_tables import TABLES, robust_summary, write_robust
 from evaluation.suites import (
     Member,
@@ -48,6 +49,21 @@ def begin(folder: Path) -> None:
     """Tables of an earlier evaluation go, as they may be of other models; the ledger stays, and goes on."""
     for name in TABLES:
         (folder / name).unlink(missing_ok=True)
+
+
+def begin_ledger(
+    config: Evaluation,
+    index: FrameIndex,
+    targets: Sequence[Target],
+    own: Mapping[str, Sequence[Member]],
+    device: torch.device,
+    folder: Path,
+    subsets: Sequence[str],
+    overwrite: bool,
+) -> None:
+    """Begins the ledger that `attack_rows` works on: one of another evaluation is refused before anything is lost."""
+    scenes, setup = scenes_of(config, index, subsets), setup_of(config, index, subsets)
+    begin_empty(folder / "ledger", scenes, targets, own, setup, device=device, replace=overwrite)
 
 
 def attack_rows(

@@ -4,11 +4,13 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 
 from engine.memory import keep_freed_memory
 
@@ -49,13 +51,25 @@ def run_labelled(label: str, function: Callable, *arguments):
 
 def prepare(threads: int) -> None:
     """Ctrl-C reaches every process of the terminal; a worker heeds it while it has work (see run_labelled): a training
-    saves its state, an evaluation keeps its ledger."""
+    saves its state, an evaluation keeps its ledger. Nor does it outlive the pipeline."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    Thread(target=end_with_parent, daemon=True).start()
     keep_freed_memory()
     import torch
 
     torch.set_num_threads(threads)
+
+
+def end_with_parent() -> None:
+    """Waits for the end of the pipeline's process, by whatever signal, and ends this one: what works is interrupted as
+    by Ctrl-C first."""
+    parent_process().join()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        os.kill(os.getpid(), signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        time.sleep(0.1)
+    os._exit(130)
 
 
 class Labelled(io.TextIOBase):

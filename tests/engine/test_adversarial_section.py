@@ -4,6 +4,7 @@ import pytest
 from config_texts import EXPERT, MOE, SHARED_ENCODER, refused
 
 from engine.config import from_dict, load
+from engine.errors import ConfigError
 
 ATTACK = {"attack": "segpgd", "eps": "2/255", "steps": 3}
 
@@ -38,6 +39,26 @@ def test_what_is_trained_on_attacked_images_has_a_ladder_of_its_own(write):
     assert max(eps()) == 2 / 255
     assert eps(**{"train.adversarial": ATTACK}) == [2 / 255, 4 / 255, 8 / 255]
     assert eps(**{"train.adversarial": ATTACK, "evaluate.eps": [1 / 255]}) == [1 / 255]
+
+
+def test_the_best_is_that_under_attack_where_there_is_one(write):
+    def monitor(**overrides):
+        return load(write(EXPERT), {f"train.{key}": value for key, value in overrides.items()}).train.monitor
+
+    assert monitor() == "miou" and monitor(adversarial=ATTACK) == "robust_miou"
+    assert monitor(adversarial=ATTACK, monitor="miou") == "miou"
+    with pytest.raises(ConfigError, match="train.monitor: robust_miou is unknown as nothing attacks"):
+        monitor(monitor="robust_miou")
+
+
+def test_radii_of_l2_have_to_be_named(write):
+    attacked = {"evaluate.suite": "quick", "evaluate.norm": "l2"}
+    for training in ({}, {"train.adversarial": ATTACK}):
+        with pytest.raises(
+            ConfigError, match="evaluate.eps: missing; the radii that stand for it are of linf"
+        ):
+            load(write(EXPERT), attacked | training)
+        assert load(write(EXPERT), attacked | training | {"evaluate.eps": [0.5]}).evaluate.eps == [0.5]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ def member(name, column, forwards=4, **attack):
         "version": 1,
         "forwards": forwards,
         "backwards": 3,
+        "network_passes": forwards,
     }
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine.config import UserError, component
 from evaluation.api import evaluate
+from networks import ensemble
 from tests.evaluation import robust_toy as toy
 
 FGSM = [component("attacks:ATTACKS", "fgsm")]
@@ -64,6 +65,41 @@ def test_a_folder_keeps_what_is_done(tmp_path, monkeypatch):
     assert evaluate(toy.Net(0), loader(), **run).rows == first.rows
     with pytest.raises(UserError, match="identity.tensors"):
         evaluate(toy.Net(1), loader(), **run)
+
+
+def test_a_folder_is_of_one_rule_of_an_ensemble(tmp_path):
+    run = {
+        "suite": "none",
+        "attacks": FGSM,
+        "eps": [1 / 255],
+        "folder": tmp_path,
+        "checks": False,
+        "log": str,
+    }
+    model = toy.Ensemble(toy.Net(0), toy.Net(1))
+    model.combine = ensemble.mean
+    evaluate(model, loader(), **run)
+    model.combine = ensemble.max
+    with pytest.raises(UserError, match="identity.modules"):
+        evaluate(model, loader(), **run)
+
+
+class Classwise(toy.Mixture):
+    """A weight for each class."""
+
+    def gate_logits(self, images):
+        return super().gate_logits(images) * torch.linspace(-1, 1, toy.CLASSES).view(1, 1, 1, -1, 1, 1)
+
+
+def test_gradients_are_taken_whatever_is_on_outside():
+    torch.manual_seed(0)
+    mixture = Classwise(toy.Net(0), toy.Net(1), routing="soft")
+    run = {"attacks": [{"name": "route_first", "steps": 4}], "eps": [1 / 255], "checks": False, "log": str}
+    expected = evaluate(mixture, loader(), "none", **run).rows
+    with torch.no_grad():
+        assert evaluate(mixture, loader(), "none", **run).rows == expected
+    with torch.inference_mode(), pytest.raises(UserError, match="outside of torch.inference_mode"):
+        evaluate(mixture, loader(), "none", **run)
 
 
 @pytest.mark.parametrize("wrap", ["function", "partial", "module"])
@@ -127,7 +163,12 @@ def test_the_network_itself_is_checked():
 
 
 @pytest.mark.parametrize(
-    ("change", "told"), [({"eps": [0]}, "eps: .0. is wrong"), ({"norm": "l1"}, "norm: 'l1'")]
+    ("change", "told"),
+    [
+        ({"eps": [0]}, "eps: .0. is wrong"),
+        ({"norm": "l1"}, "norm: 'l1'"),
+        ({"norm": "l2"}, "eps: missing; norm l2 has no radii of its own"),
+    ],
 )
 def test_a_threat_that_is_none_is_refused(change, told):
     with pytest.raises(UserError, match=told):

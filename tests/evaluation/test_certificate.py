@@ -77,7 +77,7 @@ def layers():
         "average": (nn.AvgPool2d(2), (4, 6, 6)),
         "adaptive": (nn.AdaptiveAvgPool2d(2), (4, 5, 5)),
         "maximum": (nn.MaxPool2d(2), (4, 6, 6)),
-        "normalize": (Normalize(), (3, 4, 4)),
+        "normalize": (Normalize(std=(0.2, -0.3, 0.4)), (3, 4, 4)),  # upside down in one channel
         "bilinear": (nn.Upsample(scale_factor=2, mode="bilinear"), (4, 3, 3)),
         "nearest": (nn.Upsample(size=(7, 5), mode="nearest"), (4, 3, 3)),
         "flatten": (nn.Flatten(), (4, 3, 3)),

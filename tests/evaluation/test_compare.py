@@ -64,7 +64,8 @@ def test_classifiers_are_compared_by_top1(tmp_path):
     gap = 100 * (right[0].mean() - right[1].mean())
     page = comparison([moe, plain])
     assert f"top-1, adaptive: {moe.name} - {plain.name} = {gap:+.2f} [" in page
-    assert page.endswith(", if both trainings had ended (rise, in classifiers.md).")
+    told = ", if both trainings had ended (rise, in classifiers.md); not attacked as hard, by 30 and 13"
+    assert page.count(told) == 2
 
 
 def test_classifiers_that_differ_on_no_image_may_differ_on_others(tmp_path):
@@ -125,6 +126,20 @@ def test_adaptive_attacks_are_the_same_for_rows_of_a_kind_alone(tmp_path):
     other = read_side(f"{write(tmp_path / 'other', targets=('other',), members=fast)}:other")
     with pytest.raises(UserError, match="attacks.sly"):
         refuse_unlike([moe, other])
+
+
+def test_rows_that_were_not_attacked_as_hard_are_told(tmp_path, two):
+    assert "not attacked as hard" not in comparison(two)
+
+    def fewer(manifest):
+        for member in manifest["targets"][0]["members"]:
+            member["network_passes"] = 7
+
+    weak = read_side(f"{write(tmp_path / 'weak', targets=('mean',), change=fewer)}:mean")
+    lines = [line for line in comparison([two[0], weak]).splitlines() if line.startswith("- ")]
+    assert len(lines) == 4 and all(
+        "not attacked as hard, by 20 and 14 network passes" in line for line in lines
+    )
 
 
 def test_another_machine_is_none_of_it(tmp_path, two):

@@ -68,6 +68,7 @@ def ledger(
                         "attack": {"name": attack, **(keys or {})},
                         "version": 1,
                         "forwards": 5,
+                        "network_passes": 10,
                     }
                     for attack, column in members
                 ],
@@ -128,6 +129,12 @@ def test_a_protocol_in_words_leaves_out_what_says_nothing():
         "adversarials": "none",
     }
     assert in_words(protocol) == "norm linf, image size 8 x 9"
+
+
+def test_some_images_alone_count_on_request():
+    even = RobustResults(*ledger(steps), only=IMAGES[::2])
+    assert even.images == tuple(IMAGES[::2]) and even.resamples.units == 6
+    assert even.worst("moe", LARGE, "common").figures["aacc"].value == 15 / 20
 
 
 def test_the_worst_case_is_that_of_each_image_and_smaller_eps_are_candidates():

@@ -8,7 +8,8 @@ from torch import nn
 
 from engine.config import UserError
 from engine.steps import under_attack
-from evaluation.targets import class_weights, exact_float32, kind_of, target_of
+from evaluation.targets import PRODUCTS, class_weights, exact_float32, kind_of, target_of
+from networks import ensemble
 from tests.evaluation import robust_toy as toy
 
 
@@ -47,13 +48,28 @@ def test_equal_networks_are_one_target_and_any_changed_tensor_setting_or_module_
     def module(model):
         model.append(nn.Dropout(0.5))
 
+    def setting(model):
+        model[0].temperature = 0.1
+
+    def rule(model):
+        model[0].rules = [max, "last"]
+
     same = target(class_pixels=[1, 2], gate="simple")
     assert same == target(class_pixels=(1, 2), gate="simple")
     others = [target(gate="simple", class_pixels=[1, 3]), target(gate="classwise", class_pixels=[1, 2])]
     others += [
-        target(change=change, class_pixels=[1, 2], gate="simple") for change in (weight, buffer, module)
+        target(change=change, class_pixels=[1, 2], gate="simple")
+        for change in (weight, buffer, module, setting, rule)
     ]
     assert all(other != same for other in others)
+    assert len(set(map(str, others))) == len(others)
+
+
+def test_ensembles_of_two_rules_that_print_alike_are_two():
+    models = [toy.Ensemble(toy.Net(0), toy.Net(1)) for _ in range(2)]
+    models[0].combine, models[1].combine = ensemble.mean, ensemble.max
+    mean, largest = (target_of("x", model).identity for model in models)
+    assert mean["tensors"] == largest["tensors"] and mean["modules"] != largest["modules"]
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=40))
@@ -83,15 +99,32 @@ def test_networks_are_frozen_inside_and_as_they_were_outside_even_after_an_error
     assert [one.requires_grad for one in model.parameters()] == [True, True, False, False]
 
 
-def test_float32_is_exact_inside_and_the_settings_come_back():
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+@pytest.mark.parametrize(
+    "roughly",
+    [
+        lambda: torch.set_float32_matmul_precision("medium"),  # bf16 products on CPUs, too
+        lambda: setattr(torch.backends, "fp32_precision", "tf32"),
+        lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+        lambda: None,
+    ],
+)
+def test_float32_is_exact_inside_and_the_settings_come_back(roughly):
+    cudnn, products = torch.backends.cudnn, [*PRODUCTS["cuda"], *PRODUCTS["cpu"]]
+
+    def settings():
+        return [cudnn.deterministic, cudnn.benchmark, *(one.fp32_precision for one in products)]
+
+    before, whole = settings(), torch.backends.fp32_precision
     try:
-        matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = True
-        cudnn.deterministic = False
+        cudnn.deterministic, cudnn.benchmark = False, True
+        roughly()
+        rough = settings()
         with torch.autocast("cpu", torch.bfloat16), exact_float32(torch.device("cpu")):
-            assert not (matmul.allow_tf32 or cudnn.allow_tf32 or cudnn.benchmark) and cudnn.deterministic
+            assert settings() == [True, False, *["ieee"] * len(products)]
             assert toy.Net(0)(torch.rand(1, 3, 4, 4)).dtype == torch.float32
-        assert matmul.allow_tf32 and cudnn.allow_tf32 and cudnn.benchmark and not cudnn.deterministic
+        assert settings() == rough
     finally:
-        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before
+        torch.backends.fp32_precision = whole
+        cudnn.deterministic, cudnn.benchmark, *precisions = before
+        for one, precision in zip(products, precisions, strict=True):
+            one.fp32_precision = precision

@@ -104,6 +104,26 @@ def test_arguments_and_neighbouring_files(tmp_path):
     assert str(tmp_path) not in sys.path
 
 
+def test_neighbouring_files_of_one_name_are_each_networks_own(tmp_path):
+    """Two folders with a model.py, and one named like a package of ours."""
+    import sys
+
+    import metrics
+
+    built = []
+    for kernel in (1, 3):
+        folder = tmp_path / str(kernel)
+        folder.mkdir()
+        (folder / "model.py").write_text(f"{LAYERS}\ndef head():\n    return nn.Conv2d(3, 4, {kernel})\n")
+        (folder / "metrics.py").write_text(f"KERNEL = {kernel}\n")
+        (folder / "net.py").write_text(
+            "from metrics import KERNEL\nfrom model import head\n\ndef build():\n    return head()\n"
+        )
+        built.append(External(4, file=str(folder / "net.py")).network.kernel_size)
+    assert built == [(1, 1), (3, 3)]
+    assert sys.modules["metrics"] is metrics and not hasattr(metrics, "KERNEL")
+
+
 def test_features_where_the_network_says_how_many(tmp_path):
     file = tmp_path / "ours.py"
     file.write_text(

@@ -71,7 +71,9 @@ def test_a_robust_expert_says_how_it_was_trained_and_a_clean_one_says_nothing_ne
     assert about["config"]["train"]["adversarial"] == {
         **ADVERSARIAL, "step_size": None, "norm": "linf", "clean_fraction": 0.5, "loss": "ce", "beta": 6.0
     }  # fmt: skip
-    assert about["monitor"] == "miou" and 0 <= about["metrics"]["robust_miou"] <= about["metrics"]["miou"]
+    assert (
+        about["monitor"] == "robust_miou" and 0 <= about["metrics"]["robust_miou"] <= about["metrics"]["miou"]
+    )
     assert all(row["robust_miou"] for row in rows(trained.run("robust_day")))
     clean = load_metadata(file_of(trained.run("day")))
     assert not {"adversarial", "start_from"} & (clean.keys() | clean["config"]["train"].keys())
@@ -90,7 +92,7 @@ def test_the_robust_figure_is_the_miou_of_frames_attacked_one_by_one(trained):
         (matrix,) = attacked_confusion([network], index, batches, config.train, torch.device("cpu"))
         found.append(figures(matrix, "nan")["miou"])
     assert found[0] == pytest.approx(found[1], abs=1e-3)
-    best = max(rows(trained.run("robust_day")), key=lambda row: float(row["miou"]))
+    best = max(rows(trained.run("robust_day")), key=lambda row: float(row["robust_miou"]))
     assert found[0] == pytest.approx(float(best["robust_miou"]), abs=1e-3)
     clean = confusion(
         torch.cat([network(batch.images.float() / 255).argmax(1) for batch in batches]),

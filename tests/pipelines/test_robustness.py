@@ -178,9 +178,11 @@ def test_killed_in_the_middle_it_goes_on_and_complete_it_is_not_done_again(works
     workshop.evaluate(attacked(workshop))
     assert (folder / "robustness.md").read_bytes() == before
     assert segment.stat().st_size < 1.2 * len(text)  # what was there was not done again
+    (folder / "robustness.csv").unlink()
+    kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="attack_seed|seed"):
-        (folder / "robustness.csv").unlink()
         workshop.evaluate(attacked(workshop, attack_seed=1))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept  # nothing is lost
     workshop.evaluate(attacked(workshop, attack_seed=0), overwrite=True)
 
 

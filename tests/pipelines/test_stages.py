@@ -8,7 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -192,6 +196,57 @@ def test_interrupt_of_jobs_side_by_side_saves_and_goes_on(folder):
     assert all(0 < step < 40 for step in steps)
     run(folder, "jobs=2", only="day")
     assert load_state(states[0])["position"]["step"] == 40
+
+
+def test_workers_save_and_end_with_a_pipeline_that_is_killed(folder):
+    change(folder / "expert.yaml", "train.epochs", 20)
+    change(folder / "expert.yaml", "train.save_steps", 1)
+    command = [sys.executable, "run_pipeline.py", str(folder / "pipeline.yaml"), "jobs=2", "--device", "cpu"]
+    states = [folder / f"runs/line/{name}/checkpoints/last.pt" for name in ("day", "night")]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    while not all(state.exists() for state in states):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()  # its workers hear nothing of it
+    process.wait()
+    for _ in range(600):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("workers outlive the pipeline")
+    assert all(0 < load_state(state)["position"]["step"] < 40 for state in states)
+
+
+def test_stages_that_are_done_take_no_place_beside_those_that_run(folder, monkeypatch):
+    """Of two jobs both are given work at once, though a stage in between is done already."""
+    monkeypatch.setattr(module, "result_hash", lambda stage: "made")
+    run(folder, only="day")
+    running, most = set(), []
+
+    def submit(label, function, *arguments):
+        running.add(label)
+        most.append(len(running))
+        return started[label]
+
+    started = {"night": Future(), "again": Future()}
+    monkeypatch.setattr(module, "workers", lambda jobs: nullcontext(submit))
+
+    def finish(futures, return_when):
+        for future in futures:
+            future.set_result(0.0)
+        return SimpleNamespace(done=set(futures))
+
+    monkeypatch.setattr(module, "wait", finish)
+    config = load(folder / "pipeline.yaml")
+    stages = module.build_stages(config)
+    chosen = [stages["day"], stages["night"], replace(stages["night"], name="again")]
+    records = module.Records(folder / "runs/line/stages.json")
+    module.run_stages(chosen, records, Options(device="cpu"), 2)
+    assert most == [1, 2]
 
 
 def test_failing_stage_stops_the_pipeline_but_not_what_runs_beside_it(folder, capsys, monkeypatch):
