@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 
 class StopRequest:
-    """A context: the first signal sets `requested`, a second one raises KeyboardInterrupt at once."""
+    """A context: the first signal sets `requested`; the same one again raises KeyboardInterrupt at once. Another one is
+    the same wish, as of a worker that is told to end, and then that its pipeline has ended."""
 
     def __init__(self):
-        self.requested = False
+        self.requested = 0  # number of the signal
         self.immediate = False
 
     def __enter__(self) -> "StopRequest":
@@ -35,6 +36,6 @@ class StopRequest:
             self.immediate = False
 
     def _receive(self, number, frame) -> None:
-        if self.requested or self.immediate:
+        if self.immediate or number == self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested = self.requested or number

@@ -256,7 +256,7 @@ class Train(BasicTrain):
     monitor: Literal["miou", "aacc", "macc", "fwiou", "robust_miou"] = Field(
         default_factory=lambda train: "miou" if train.get("adversarial", "none") == "none" else "robust_miou",
         description="validation figure of the best: robust_miou, under the attack of train.adversarial, or of clean "
-        "frames; null: robust_miou where there is such an attack, else miou",
+        "frames; default: robust_miou where there is such an attack, else miou",
     )
 
     @classmethod

@@ -37,8 +37,8 @@ class Ledger:
 
         replace: a ledger of another manifest gets this one, the other is kept beside it; records that fit the new
         one are used, others stay unused.
-        Raises UserError for one of another manifest, naming what differs, and where another process writes this
-        segment."""
+        Raises UserError for one of another manifest that has records, naming what differs, and where another process
+        writes this segment."""
         self.folder, self.manifest = Path(folder), plain({"format": FORMAT, **manifest})
         self.rank, self.segment = rank, self.folder / f"segment_{rank:03d}.jsonl"
         self._admit(replace)
@@ -85,7 +85,7 @@ class Ledger:
         if path.exists():
             before = read_manifest(self.folder)
             different = differences(before, self.manifest)
-            if different and not replace:
+            if different and not replace and read_units(self.folder):
                 raise UserError(
                     f"{self.folder}: this ledger is of another evaluation: {shown(different)}. Go on with what it "
                     "was begun with, take another name, or replace it (--overwrite: records that fit are used)"

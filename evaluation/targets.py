@@ -168,15 +168,22 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     cudnn.deterministic, cudnn.benchmark = True, False
-    for one in products:
-        one.fp32_precision = "ieee"
+    set_products(["ieee"] * len(products))
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for one, precision in zip(products, precisions, strict=True):
-            one.fp32_precision = precision
+        set_products(precisions)
         cudnn.deterministic, cudnn.benchmark = before
         torch.use_deterministic_algorithms(deterministic, warn_only=warn)
+
+
+def set_products(precisions: Sequence[str]) -> None:
+    """`fp32_precision` of all PRODUCTS in their order. The older flags say the same: where the two differ, PyTorch
+    refuses to read them."""
+    torch.backends.cuda.matmul.allow_tf32 = precisions[0] == "tf32"
+    torch.backends.cudnn.allow_tf32 = precisions[1] == "tf32"
+    for one, precision in zip(chain(*PRODUCTS.values()), precisions, strict=True):
+        one.fp32_precision = precision

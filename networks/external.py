@@ -6,7 +6,7 @@ import inspect
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,8 @@ from engine.config import PositiveInt, UserError
 from networks.normalize import Normalize
 from networks.resize import pad_to, upsample
 
+ROOT = Path(__file__).resolve().parents[1]
+OURS = {path.parent.name for path in ROOT.glob("*/__init__.py")}
 INSTALLED = tuple(sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib", "platlib"))
 # What a routed network or an ensemble offers to adaptive attacks and to evaluation, beside its logits.
 OFFERED = {
@@ -184,16 +186,15 @@ def imported(file: Path):
 @contextmanager
 def importable(folder: Path) -> Iterator[None]:
     """Inside, the files of the folder can be imported, and come before those of their names that were imported from
-    another network's folder, or are ours; never before what is installed."""
+    another network's folder, or are ours; never before what is installed. Those of our names are gone afterwards."""
     place = folder.resolve()
-    names = {path.stem for path in place.glob("*.py")} | {
-        path.parent.name for path in place.glob("*/__init__.py")
-    }
-    hidden = {
-        name: module
-        for name, module in sys.modules.items()
-        if name.partition(".")[0] in names and not lies_in(module, [place, *INSTALLED])
-    }
+    own = {path.stem: path for path in place.glob("*.py")}
+    own |= {path.parent.name: path for path in place.glob("*/__init__.py")}
+    hidden = {}
+    for name, module in list(sys.modules.items()):
+        top = name.partition(".")[0]
+        if top in own and file_of(sys.modules.get(top)) != own[top] and not is_installed(module):
+            hidden[name] = module
     for name in hidden:
         del sys.modules[name]
     sys.path.insert(0, str(place))
@@ -201,16 +202,22 @@ def importable(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(place))
-        tops = {name.partition(".")[0] for name in hidden}
-        for name in [name for name in sys.modules if name.partition(".")[0] in tops]:
+        gone = {name.partition(".")[0] for name in hidden} | (OURS & own.keys() if place != ROOT else set())
+        for name in [name for name in sys.modules if name.partition(".")[0] in gone]:
             del sys.modules[name]
         sys.modules.update(hidden)
 
 
-def lies_in(module: ModuleType, folders: Sequence[str | Path]) -> bool:
-    """Whether a module is from a file in or below one of the folders, or from none."""
+def file_of(module: ModuleType | None) -> Path | None:
+    """That a module was made from; None for those that are from none."""
     file = getattr(module, "__file__", None)
-    return file is None or any(Path(file).resolve().is_relative_to(Path(one).resolve()) for one in folders)
+    return Path(file).resolve() if file else None
+
+
+def is_installed(module: ModuleType) -> bool:
+    """Whether a module came with Python or a package, or is from no file."""
+    file = file_of(module)
+    return file is None or any(file.is_relative_to(Path(one).resolve()) for one in INSTALLED)
 
 
 @contextmanager

@@ -280,6 +280,21 @@ def test_no_gap_no_flag(tmp_path):
     few = {(MOE, 0.02, "autoattack"): wrong(*range(8)), (PLAIN, 0.02, "autoattack"): wrong(*range(9))}
     auto = load_images(made.write(tmp_path / "few", made.auto_plan(), few))
     assert [one.severity for one in auto_findings(results, auto)] == ["ok", "ok"]
+    auto = load_images(made.write(tmp_path / "none", made.auto_plan(), {}))
+    moe, plain = auto_findings(results, auto)
+    assert moe.text.endswith("the router hides its gradient from AutoAttack, whose figure means nothing")
+    assert plain.text.endswith("AutoAttack is too weak here, whose figure means nothing")
+
+
+def test_a_plain_attack_beside_autoattack_knows_no_router(tmp_path):
+    plan = made.suite_plan()
+    for target in plan["targets"]:
+        target["members"] = [one for one in target["members"] if one["column"] == "common"]
+    results = load_images(made.write(tmp_path / "plain", plan, {}))
+    auto = load_images(made.write(tmp_path / "auto", made.auto_plan(), {}))
+    moe, plain = auto_findings(results, auto)
+    assert moe.severity == "flag" and moe.text.endswith("nothing here may be called robust")
+    assert plain.severity == "ok"
 
 
 def test_made_again_they_are_the_same_bytes(written):

@@ -125,6 +125,13 @@ def test_another_evaluation_is_refused_with_what_differs(tmp_path):
     Ledger(tmp_path, MANIFEST).close()
 
 
+def test_a_ledger_without_records_is_of_no_evaluation_yet(tmp_path):
+    Ledger(tmp_path, MANIFEST).close()
+    seed = {**MANIFEST, "protocol": {**MANIFEST["protocol"], "seed": 2}}
+    Ledger(tmp_path, seed).close()
+    assert read_manifest(tmp_path)["protocol"]["seed"] == 2
+
+
 def test_replaced_it_keeps_its_records_and_the_manifest_that_it_had(tmp_path):
     fill(tmp_path)
     seed = {**MANIFEST, "protocol": {**MANIFEST["protocol"], "seed": 2}}

@@ -122,6 +122,28 @@ def test_neighbouring_files_of_one_name_are_each_networks_own(tmp_path):
         built.append(External(4, file=str(folder / "net.py")).network.kernel_size)
     assert built == [(1, 1), (3, 3)]
     assert sys.modules["metrics"] is metrics and not hasattr(metrics, "KERNEL")
+    below = tmp_path / "3" / "below"
+    below.mkdir()
+    for name in ("net.py", "metrics.py"):
+        (below / name).write_text((tmp_path / "3" / name).read_text())
+    (below / "model.py").write_text((tmp_path / "1" / "model.py").read_text())
+    assert External(4, file=str(below / "net.py")).network.kernel_size == (1, 1)
+    assert External(4, file=str(tmp_path / "3" / "net.py")).network.kernel_size == (3, 3)
+
+
+def test_a_neighbouring_file_is_not_taken_for_a_package_of_ours_later(tmp_path, monkeypatch):
+    import sys
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reports"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "reports.py").write_text("CLASSES = 4\n")
+    (tmp_path / "net.py").write_text(
+        f"{LAYERS}from reports import CLASSES\n\ndef build():\n    return nn.Conv2d(3, CLASSES, 1)\n"
+    )
+    External(4, file=str(tmp_path / "net.py"))
+    from reports.report import write_report
+
+    assert callable(write_report)
 
 
 def test_features_where_the_network_says_how_many(tmp_path):

@@ -182,7 +182,9 @@ def test_killed_in_the_middle_it_goes_on_and_complete_it_is_not_done_again(works
     kept = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match="attack_seed|seed"):
         workshop.evaluate(attacked(workshop, attack_seed=1))
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == kept  # nothing is lost
+    assert {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    } == kept  # nothing is lost
     workshop.evaluate(attacked(workshop, attack_seed=0), overwrite=True)
 
 
