@@ -79,7 +79,7 @@ class External(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.stride = num_classes, stride
-        self.source = f"{file}:{function}"
+        self._source = f"{file}:{function}"  # where it lies is no part of what it is
         self.changes_images = stride > 1 or mean is not None or std is not None
         self.file_sha256 = sha256_of(Path(file), sha256)
         self.normalize = Normalize(mean or (0.0,) * 3, std or (1.0,) * 3)
@@ -87,7 +87,7 @@ class External(nn.Module):
         hidden = sorted(name for name in OFFERED if hasattr(self.network, name))
         if self.changes_images and hidden:
             raise UserError(
-                f"network.file: what {self.source} returned offers {', '.join(hidden)} to attacks, but behind mean, "
+                f"network.file: what {self._source} returned offers {', '.join(hidden)} to attacks, but behind mean, "
                 "std or stride it would see other images than they do; normalise and pad inside the network"
             )
         with_features = hasattr(self.network, "forward_features")
@@ -121,7 +121,7 @@ class External(nn.Module):
         expected = f"logits [{images}, {self.num_classes}{sites}] in floating point"
         if not isinstance(logits, torch.Tensor):
             raise UserError(
-                f"network.file: {self.source} gave a {type(logits).__name__}, expected {expected}"
+                f"network.file: {self._source} gave a {type(logits).__name__}, expected {expected}"
             )
         shape = tuple(logits.shape)
         if (
@@ -130,7 +130,7 @@ class External(nn.Module):
             or not logits.is_floating_point()
         ):
             kind = str(logits.dtype).removeprefix("torch.")
-            raise UserError(f"network.file: {self.source} gave {list(shape)} {kind}, expected {expected}")
+            raise UserError(f"network.file: {self._source} gave {list(shape)} {kind}, expected {expected}")
 
 
 class ExternalClassifier(External):

@@ -1,6 +1,7 @@
 """Anybody's network: any callable, logits of any size, weights that identify it, mistakes told with their line."""
 
 import hashlib
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from engine.config import UserError
+from evaluation.targets import target_of
 from networks.complexity import gmacs
 from networks.external import External, ExternalClassifier
 from networks.frrn import FRRN
@@ -90,6 +92,14 @@ def test_its_tensors_and_its_file_identify_it(file):
         UserError, match=f"network.sha256: {file} has .*, the config says {network.file_sha256}"
     ):
         External(5, file=str(file), sha256=network.file_sha256)
+
+
+def test_the_same_file_elsewhere_is_the_same_network_under_attack(file, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    other = shutil.copy(file, tmp_path / "elsewhere" / "theirs.py")
+    here, there = (target_of("x", External(5, file=str(one))).identity for one in (file, other))
+    assert here == there
+    assert here != target_of("x", External(5, file=str(file), stride=8)).identity
 
 
 def test_arguments_and_neighbouring_files(tmp_path):
