@@ -132,23 +132,21 @@ def run_stages(chosen: Sequence[Stage], records: "Records", options, jobs: int) 
         while running or (waiting and failure is None):
             unfinished = {stage.name for stage in waiting} | {stage.name for stage, _ in running.values()}
             ready = [stage for stage in waiting if not unfinished & set(stage.needs)]
-            done = 0
-            for stage in ready if failure is None else ():
-                if len(running) == jobs:
-                    break
+            skipped = False
+            for stage in ready[: jobs - len(running)] if failure is None else ():
                 waiting.remove(stage)
                 state = state_of(stage, records, forced=options.force == stage.name)
                 if state.done:
                     print(f"{stage.name}: done already", flush=True)
-                    done += 1
+                    skipped = True
                     continue
                 print(f"{stage.name}: {'; '.join(state.reasons)}", flush=True)
                 record = start_record(stage, records)
                 future = submit(stage.name, run_stage, stage, state.resumable, options.device)
                 running[future] = (stage, record)
                 ran.append(stage.name)
-            if done and len(running) < jobs:
-                continue  # others may be ready now
+            if skipped:
+                continue  # there is a place for another one
             for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                 stage, record = running.pop(future)
                 try:

@@ -224,31 +224,30 @@ def test_workers_save_and_end_with_a_pipeline_that_is_killed(folder, number):
 
 
 def test_stages_that_are_done_take_no_place_beside_those_that_run(folder, monkeypatch):
-    """Of two jobs both are given work at once, though a stage in between is done already."""
+    """Both of two jobs are given work before any is waited for, also to what needed a stage that is done."""
     monkeypatch.setattr(module, "result_hash", lambda stage: "made")
     run(folder, only="day")
-    running, most = set(), []
+    events = []
 
     def submit(label, function, *arguments):
-        running.add(label)
-        most.append(len(running))
-        return started[label]
+        events.append(label)
+        return Future()
 
-    started = {"night": Future(), "again": Future()}
-    monkeypatch.setattr(module, "workers", lambda jobs: nullcontext(submit))
-
-    def finish(futures, return_when):
+    def wait(futures, return_when):
+        events.append("wait")
         for future in futures:
             future.set_result(0.0)
         return SimpleNamespace(done=set(futures))
 
-    monkeypatch.setattr(module, "wait", finish)
-    config = load(folder / "pipeline.yaml")
-    stages = module.build_stages(config)
-    chosen = [stages["day"], stages["night"], replace(stages["night"], name="again")]
+    monkeypatch.setattr(module, "workers", lambda jobs: nullcontext(submit))
+    monkeypatch.setattr(module, "wait", wait)
+    stages = module.build_stages(load(folder / "pipeline.yaml"))
+    more = [
+        replace(stages["night"], name=name, needs=needs) for name, needs in (("late", ("day",)), ("last", ()))
+    ]
     records = module.Records(folder / "runs/line/stages.json")
-    module.run_stages(chosen, records, Options(device="cpu"), 2)
-    assert most == [1, 2]
+    module.run_stages([stages["day"], stages["night"], *more], records, Options(device="cpu"), 2)
+    assert events == ["night", "late", "wait", "last", "wait"]
 
 
 def test_failing_stage_stops_the_pipeline_but_not_what_runs_beside_it(folder, capsys, monkeypatch):
