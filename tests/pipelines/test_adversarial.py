@@ -55,7 +55,7 @@ def rows(folder) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(workshop):
     """A robust expert of day, and robust gates over the clean experts."""
     workshop.train(adversarial(workshop.expert("robust_day", ["day"])), "train.epochs=8")

@@ -32,7 +32,7 @@ def files_of(folder):
     return {name: (folder / name).read_bytes() for name in names}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluated(workshop):
     workshop.evaluate(config_of(workshop, "corrupted"))
     return workshop.run("corrupted") / "evaluation" / "test"
@@ -143,7 +143,7 @@ def test_config_of_corruptions(workshop):
             corruptions(text)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def net(workshop):
     file = workshop.folder / "my_net.py"
     file.write_text(NET)

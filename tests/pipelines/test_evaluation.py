@@ -32,7 +32,7 @@ class Evaluated:
     passes: list[int]  # images that passed each network, ascending
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluated(workshop):
     """An evaluation of a baseline, two experts, ensembles and five gates, in another order than the paper's."""
     workshop.train(workshop.expert("both", ["day", "night"]))

@@ -30,7 +30,7 @@ GATES = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def together(workshop):
     """All gates, trained in one pass; augmentation on."""
     config = workshop.gate("together")

@@ -41,7 +41,7 @@ def attacked(workshop, name="attacked", **settings):
     return config
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def evaluated(workshop):
     printed = StringIO()
     with redirect_stdout(printed):

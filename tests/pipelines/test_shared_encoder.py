@@ -218,7 +218,7 @@ def config_of(workshop, name, training, **changes):
     return {**config, "shared_encoder": {"training": training}, "network": FRRN, **changes}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(workshop):
     """A run of each training: the workshop, and what fit returned."""
     for training in ("separate", "joint"):

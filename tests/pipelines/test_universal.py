@@ -15,7 +15,7 @@ from tests.pipelines.conftest import write_yaml
 from tests.pipelines.test_segmentation import evaluation_of
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(workshop):
     """(config, file, splits that were read) of one on the expert `day`."""
     config = write_yaml(workshop.folder / "universal.yaml", evaluation_of(workshop))
