@@ -21,6 +21,7 @@ from evaluation.evaluate import Sample, spread_frames
 from evaluation.evaluate import evaluate as evaluate_rows
 from evaluation.gate_table import collapse_warnings
 from evaluation.results import Protocol, Results, best_row, main_subset
+from evaluation.robust import begin as begin_ledger
 from evaluation.robust import shard
 from evaluation.rows import Row, constant_row
 from evaluation.tables import write_tables
@@ -60,16 +61,18 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         if attacked:
             robustness.refuse_unlabelled(config, index, subsets)
         return None
-    results, asked = None, robustness.attacked_rows(config, index, zoo) if attacked else None
-    if asked:
+    results = None
+    if attacked:
         robustness.refuse_unlabelled(config, index, subsets)
-        robustness.begin_ledger(config, index, *asked, device, folder, subsets, options.overwrite)
+        parts = robustness.parts_of(config, index, zoo, subsets)
+        # One of another evaluation is refused here, before anything is lost.
+        begin_ledger(folder / "ledger", *parts, device=device, replace=options.overwrite)
     if rank == 0:
         robustness.begin(folder)
         corruptions.begin(folder, options.overwrite and not options.resume)
         results = clean_matrix(config, index, frames, zoo, subsets, device)
-    if asked:
-        robustness.attack_rows(config, index, *asked, device, folder, subsets, options.overwrite)
+    if attacked:
+        robustness.attack_rows(config, index, parts, device, folder, options.overwrite)
     return results
 
 

@@ -1,6 +1,6 @@
 """Rows of an evaluation under attack: from networks of a zoo to targets, a ledger, and tables beside the clean ones."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from evaluation.formats import eps_text
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all
-from evaluation.robust import begin as begin_empty
 from evaluation.robust_tables import TABLES, robust_summary, write_robust
 from evaluation.suites import (
     Member,
@@ -51,35 +50,26 @@ def begin(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def begin_ledger(
-    config: Evaluation,
-    index: FrameIndex,
-    targets: Sequence[Target],
-    own: Mapping[str, Sequence[Member]],
-    device: torch.device,
-    folder: Path,
-    subsets: Sequence[str],
-    overwrite: bool,
-) -> None:
-    """Begins the ledger that `attack_rows` works on: one of another evaluation is refused before anything is lost."""
-    scenes, setup = scenes_of(config, index, subsets), setup_of(config, index, subsets)
-    begin_empty(folder / "ledger", scenes, targets, own, setup, device=device, replace=overwrite)
+def parts_of(
+    config: Evaluation, index: FrameIndex, zoo: Zoo, subsets: Sequence[str]
+) -> tuple["Scenes", list[Target], dict[str, list[Member]], Setup]:
+    """Images, rows, the attacks of each and the setup that a config stands for, as `attack_all` takes them. UserError
+    as of `attacked_rows`."""
+    targets, own = attacked_rows(config, index, zoo)
+    return scenes_of(config, index, subsets), targets, own, setup_of(config, index, subsets)
 
 
 def attack_rows(
     config: Evaluation,
     index: FrameIndex,
-    targets: Sequence[Target],
-    own: Mapping[str, Sequence[Member]],
+    parts: tuple["Scenes", list[Target], dict[str, list[Member]], Setup],
     device: torch.device,
     folder: Path,
-    subsets: Sequence[str],
     overwrite: bool,
 ) -> bool:
-    """Attacks what the config asks for (see `attacked_rows`) and, where the ledger is complete then, writes the tables
-    into the folder of the evaluation; whether it was."""
-    settings = config.evaluate
-    setup, scenes = setup_of(config, index, subsets), scenes_of(config, index, subsets)
+    """Attacks what the config asks for (see `parts_of`) and, where the ledger is complete then, writes the tables into
+    the folder of the evaluation; whether it was."""
+    settings, (scenes, targets, own, setup) = config.evaluate, parts
     for target in targets:  # of one layout in all processes, whether they did the clean pass or not
         target.model.to(device, memory_format=torch.channels_last)
     ledger = folder / "ledger"
@@ -116,11 +106,11 @@ def submitted(
 ) -> tuple[list[Target], dict[str, list[Member]], Setup, "Scenes"]:
     """The rows, the attacks of each, the setup and the clean images that the config of an evaluation stands for, as
     `attack_rows` had them."""
-    index, subsets = config.data.build(), subsets_of(config)
-    targets, own = attacked_rows(config, index, load_zoo(config, index))
+    index = config.data.build()
+    scenes, targets, own, setup = parts_of(config, index, load_zoo(config, index), subsets_of(config))
     for target in targets:
         target.model.to(device, memory_format=torch.channels_last)
-    return targets, own, setup_of(config, index, subsets), scenes_of(config, index, subsets)
+    return targets, own, setup, scenes
 
 
 def scenes_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> "Scenes":

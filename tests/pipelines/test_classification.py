@@ -347,6 +347,11 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path, keys, told):
         config(tmp_path, **keys)
 
 
+def test_a_start_of_a_router_is_refused_where_there_is_none(tmp_path):
+    with pytest.raises(ConfigError, match="train.balanced_start: has no effect: a cnn has no router"):
+        config(tmp_path, PLAIN, method="trades", balanced_start=False)
+
+
 @pytest.mark.parametrize(
     ("network", "keys", "told"),
     [
