@@ -60,7 +60,12 @@ def expert_config(folder: Path, data: Path, name: str, subsets: list[str]) -> di
             "cache_dir": str(folder / "cache"),
             "workers": 0,
         },
-        "network": {"name": "deeplabv3plus", "backbone": "mobilenet_v2", "pretrained": "none"},
+        "network": {
+            "name": "deeplabv3plus",
+            "backbone": "mobilenet_v2",
+            "pretrained": "none",
+            "aspp_separable": True,  # a third of the weights: steps and saves are as much faster
+        },
         "train": {
             "epochs": 2,
             "batch_size": 4,

@@ -96,7 +96,7 @@ def test_expert_of_another_class_list_is_refused(workshop, tmp_path):
     assert not workshop.run("refused").exists()
 
 
-RESNET = {"name": "deeplabv3plus", "backbone": "resnet18", "pretrained": "none"}
+RESNET = {"name": "deeplabv3plus", "backbone": "resnet18", "aspp_separable": True, "pretrained": "none"}
 
 
 @pytest.mark.parametrize(
