@@ -176,8 +176,8 @@ def pair_lines(sides: Sequence[Side], eps: float) -> Iterator[str]:
             said = verdict(*gap.interval(), at_floor, "the first")
             shown = f"{first.name} - {second.name} = {points(gap.value)}{in_brackets(*gap.interval())}"
             said += UNLESS * (name == "top1" and said.startswith("the first is"))
-            least, most = sorted(side.network_passes for side in (first, second))
-            if least < PARITY * most and "single" in (first.kind[0], second.kind[0]):
+            fewer, more = sorted(side.network_passes for side in (first, second))
+            if fewer < PARITY * more and "single" in (first.kind[0], second.kind[0]):
                 said += (
                     f"; not attacked as hard, by {first.network_passes} and {second.network_passes} network passes (a "
                     "single network gets its restarts where it stands beside mixtures or ensembles in one evaluation)"

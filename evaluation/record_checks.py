@@ -331,6 +331,19 @@ def gate_logits_finite(bout: Bout) -> list[Finding]:
     return [Finding("gate logits", bout.target, eps, "", "flag", text)]
 
 
+def logits_finite(bout: Bout) -> list[Finding]:
+    """Images that a network answers with NaN or infinities: attacks reject such points, so a figure may be too high.
+    Silent where all is well."""
+    cases = {CLEAN.name: bout.clean} if bout.eps == 0 else bout.attacks
+    found = []
+    for name, records in cases.items():
+        broken = sum(one.get("status", "ok") != "ok" for one in records.values())
+        if broken:
+            text = f"logits are not finite on {broken} of {len(records)} images"
+            found.append(bout.finding("logits", "flag", text, name))
+    return found
+
+
 def shares_of(record: Record) -> np.ndarray:
     """What the gate gives each expert, from its logits where they are recorded; empty without a gate."""
     return np.array(record.get("shares", record.get("weights", [])), dtype=float)
@@ -353,8 +366,9 @@ def universal_radius(bout: Bout) -> list[Finding]:
     return found
 
 
-OF_CLEAN: tuple[Check, ...] = (gate_collapse, gate_logits_finite)
+OF_CLEAN: tuple[Check, ...] = (logits_finite, gate_collapse, gate_logits_finite)
 OF_RECORDS: tuple[Check, ...] = (
+    logits_finite,
     gate_logits_finite,
     weaker_attacks,
     masking,

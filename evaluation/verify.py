@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attacks.threat import sizes
+from attacks.threat import Threat, is_inside
 from engine.command import run
 from engine.config import Evaluation, UserError, load
 from engine.devices import pick_device
@@ -57,6 +57,7 @@ DEPLOYED = 0.02  # share of an image's pixels that another machine's bf16 may ti
 RERUN = (
     0.02  # share of pixels that an attack may leave fewer of when another machine's sums lead it elsewhere
 )
+UNCHECKED = "honesty checks that run the networks (the submission has evaluate.attack_checks: false), "
 BESIDE = (FINDINGS, CERTIFICATES, TRANSFER, DETECTORS)
 
 
@@ -64,7 +65,8 @@ BESIDE = (FINDINGS, CERTIFICATES, TRANSFER, DETECTORS)
 class Verdict:
     """problems: each in words; none where all was confirmed. units, images: scored again. tipped: of these images
     those where a few pixels differ, as they may on another machine. rerun: names of the units whose attack was run
-    again; pixels: of their images (valid, right as recorded, right after the attack here)."""
+    again; pixels: of their images (valid, right as recorded, right after the attack here). checked: honesty checks
+    that run the networks were made again."""
 
     problems: list[str] = field(default_factory=list)
     units: int = 0
@@ -72,6 +74,7 @@ class Verdict:
     tipped: int = 0
     rerun: list[str] = field(default_factory=list)
     pixels: tuple[int, int, int] = (0, 0, 0)
+    checked: bool = False
 
     def lines(self) -> list[str]:
         """For a terminal."""
@@ -84,7 +87,7 @@ class Verdict:
             *(f"wrong: {problem}" for problem in self.problems),
             scored + (f"; {exact}" if self.tipped else "; every pixel count is the recorded one"),
             *self.about_rerun(),
-            "not checked: losses and gradients of attacks, transfer, detectors",
+            f"not checked: {'' if self.checked else UNCHECKED}losses and gradients of attacks, transfer, detectors",
             "refused" if self.problems else verified,
         ]
 
@@ -121,7 +124,7 @@ def verify(
     lacking = [unit for unit in wanted if unit.name not in units]
     if lacking:
         raise UserError(f"{ledger}: {len(lacking)} of {len(wanted)} units of work are missing; let it finish")
-    verdict = Verdict()
+    verdict = Verdict(checked=checks)
     damaged = sum(damaged_lines(path) for path in sorted(ledger.glob("segment_*.jsonl")))
     if damaged:
         verdict.problems.append(f"{damaged} lines of the ledger have a wrong checksum")
@@ -295,8 +298,7 @@ def compare(
             verdict.problems.append(f"{where}, {incumbent}: {told}")
             continue
         kept = kept.to(bench.images)
-        inside = sizes(kept, bench.images)[bench.setup.norm == "l2"] <= unit.eps + ROUNDING
-        inside &= ((kept >= 0) & (kept <= 1)).flatten(1).all(dim=1)
+        inside = is_inside(kept, bench.images, Threat(unit.eps, bench.setup.norm))
         scored = bench.score(kept)
         own = [record for record in records if record["incumbent"] == incumbent]
         for place, record in enumerate(own):

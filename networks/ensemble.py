@@ -30,7 +30,8 @@ def vote(expert_logits: torch.Tensor) -> torch.Tensor:
     choices = expert_logits.argmax(dim=2, keepdim=True)  # [B, E, 1, H, W]
     labels = torch.arange(classes, device=expert_logits.device).view(-1, 1, 1)
     votes = (choices == labels).sum(dim=1)
-    return ((votes + mean_probs(expert_logits).exp() / 2) / (experts + 0.5)).log()
+    halved = mean_probs(expert_logits) - math.log(2)  # stays a logarithm: probabilities underflow
+    return torch.logaddexp(votes.to(halved.dtype).log(), halved) - math.log(experts + 0.5)
 
 
 class Ensemble(nn.Module):

@@ -137,14 +137,15 @@ class Mixture(nn.Module, ABC):
         gate_logits = self.gate(self.gate_inputs(outputs))[None]
         return gate_logits, lambda weights: self.combine(outputs, of_one_site(weights))[0]
 
-    def route(self, gate_logits: torch.Tensor) -> torch.Tensor:
+    def route(self, gate_logits: torch.Tensor, straight_through: bool | None = None) -> torch.Tensor:
         """Weights of the same shape [..., E, K, h', w'] that sum to 1 over the experts.
 
-        Hard ones have a gradient (straight-through) in training only.
+        straight_through: hard ones have the gradient of soft ones; None: in training only.
         """
         if self.routing == "soft":
             return soft(gate_logits, self.temperature)
-        return top1(gate_logits, self.temperature, straight_through=self.training)
+        straight_through = self.training if straight_through is None else straight_through
+        return top1(gate_logits, self.temperature, straight_through)
 
     def forward_given(self, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Logits [B, C, H, W] for given weights [B, E, K, h', w'], or [1, B, ...] as `route` gives them.

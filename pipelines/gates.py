@@ -60,8 +60,10 @@ def loss_of_images(mixed: Callable) -> PhaseLoss:
 
 
 def mixture_logits(mixture: Mixture, outputs: ExpertOutputs) -> Tensor:
-    """[B, C, H, W]"""
-    return mixture.combine(outputs)[0]
+    """[B, C, H, W]. Hard gates have their straight-through gradient in evaluation mode as well: what attacks of a
+    training climb has to lead to other routes."""
+    weights = mixture.route(mixture.gate(mixture.gate_inputs(outputs)), straight_through=True)
+    return mixture.combine(outputs, weights)[0]
 
 
 def reduced(labels: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,6 @@
 """How robust networks are while they train: the confusion of a few validation frames under the training's attack."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy
 import torch
@@ -14,6 +14,8 @@ from engine.arithmetic import layout_of
 from engine.config import Train
 from engine.loop import images_of
 from metrics.confusion import confusion
+from networks.mixture import Mixture
+from pipelines.gates import mixture_logits
 
 FRAMES = 64  # about so many, in batches that are spread evenly
 
@@ -39,7 +41,7 @@ def attacked_confusion(
         threat = threat_of(adversarial, index.ignore_index, seeds)
         for model, count in zip(models, counts, strict=True):
             points = craft(
-                model,
+                climbed(model),
                 images,
                 labels,
                 threat,
@@ -51,3 +53,10 @@ def attacked_confusion(
                 answers = model(points).argmax(1)
             count += confusion(answers, labels, index.num_classes, index.ignore_index).sum(0)
     return list(counts.cpu().numpy())
+
+
+def climbed(model: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images -> logits as the training attacks them."""
+    if not isinstance(model, Mixture):
+        return model
+    return lambda images: mixture_logits(model, model.run_experts(images))

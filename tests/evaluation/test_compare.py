@@ -1,6 +1,7 @@
 """Rows of several ledgers against each other: as in one ledger, or refused."""
 
 import json
+from itertools import combinations
 
 import pytest
 
@@ -47,6 +48,17 @@ def test_the_page_has_worst_cases_and_what_their_differences_say(two):
     gap = results().differences(LARGE, "adaptive")["moe", "mean"]["aacc"]
     assert f"{two[0].name} - {two[1].name} = {100 * gap.value:+.2f} [" in last
     assert gap.interval()[1] < 0 and last.endswith("the first is less robust on data like these.")
+
+
+def test_every_pair_of_three_rows_is_told_as_if_alone(tmp_path):
+    three = [
+        read_side(f"{write(tmp_path / name, targets=(name,))}:{name}") for name in ("moe", "mean", "other")
+    ]
+    page = comparison(three).splitlines()
+    for pair in combinations(three, 2):
+        told = [line for line in comparison(pair).splitlines() if line.startswith("- ")]
+        assert told and set(told) <= set(page)
+    assert not any("floor" in line for line in page)
 
 
 def test_a_row_against_itself_in_another_run(tmp_path):

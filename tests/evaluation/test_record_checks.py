@@ -290,3 +290,14 @@ def test_a_universal_perturbation_in_a_larger_ball_tells_its_own(eps, used, quan
     assert [one.severity for one in found] == ["note"] * told
     if told:
         assert f"by {255 * used:.0f}/255 at most" in found[0].text and found[0].eps == eps
+
+
+def test_logits_that_are_not_finite_are_flagged():
+    assert not check(*SOUND, name="logits")
+    broken = records("pgd", (100, 300))
+    broken[1]["status"] = "logits not finite"
+    (finding,) = check(broken, name="logits")
+    assert (finding.severity, finding.attack) == ("flag", "pgd")
+    assert finding.text == "logits are not finite on 1 of 2 images"
+    (finding,) = check_records(records(status="logits not finite"), {"net": "single"}, COLUMNS)
+    assert (finding.severity, finding.attack, finding.eps) == ("flag", "clean", 0.0)

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,17 @@ def test_against_brute_force(kind, experts):
 def test_log_probabilities_sum_to_one(kind):
     combined = getattr(ensemble, kind)(10 * torch.randn(2, 3, 5, 7, 6))
     torch.testing.assert_close(combined.exp().sum(1), torch.ones(2, 7, 6))
+
+
+def test_votes_are_finite_logits_with_a_gradient_whatever_the_gap():
+    expert_logits = torch.tensor([[[0.0, -300.0, -1e4], [0.0, -300.0, -2e4]]])[
+        ..., None, None
+    ].requires_grad_()
+    combined = ensemble.vote(expert_logits)
+    expected = torch.tensor([0.0, -300 - math.log(5), -1e4 - math.log(10)])
+    torch.testing.assert_close(combined.flatten(), expected)
+    (slope,) = torch.autograd.grad(combined[0, 2].sum(), expert_logits)
+    torch.testing.assert_close(slope[0, :, :, 0, 0], torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
 
 
 def test_majority_beats_one_confident_expert():

@@ -11,12 +11,12 @@ from engine.adversarial import Adversary, threat_of
 from engine.checkpoints import load_metadata, load_weights, tensors_sha256
 from engine.config import Adversarial, Gate, UserError, load
 from engine.losses import cross_entropy
-from engine.steps import Phase, compute_gradients
+from engine.steps import Phase, compute_gradients, under_attack
 from metrics.confusion import confusion
 from pipelines import segmentation, stages
 from pipelines.gates import gate_loss, loss_of_images
 from pipelines.models import load_gate, load_network, stored_network
-from pipelines.robust_validation import attacked_confusion
+from pipelines.robust_validation import attacked_confusion, climbed
 from pipelines.segmentation import evaluation_batches, figures
 from pipelines.shared_encoder import OwnImages, build, phases
 from tests.pipelines.conftest import write_yaml
@@ -182,6 +182,28 @@ def test_the_attack_on_a_gate_passes_through_its_experts(trained):
         losses = [LOSS(mixture(points), labels)[0] for points in (images, start, found[-1])]
         assert max(losses[:2]) < losses[2] and is_inside(found[-1], images, ball).all()
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
+
+
+@pytest.mark.parametrize("name", ["simple", "top1"])
+def test_attacks_of_a_training_see_the_choice_of_a_hard_gate(trained, name):
+    """In evaluation mode, where the network itself has no gradient there: as if its weights were soft backward."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(2, 3, 32, 48), torch.randint(3, (2, 32, 48))
+    mixture = load_gate(str(trained.run("robust_gates") / name), "x")[0].network
+    value = loss_of_images(gate_loss(LOSS, trained.load(trained.gate("x")).gate))
+    slopes = []
+    with under_attack(mixture):
+        for logits_of in (
+            lambda points: value.logits(mixture, value.run(mixture, points)),
+            climbed(mixture),
+            mixture,
+        ):
+            points = images.clone().requires_grad_()
+            logits = logits_of(points)
+            assert torch.equal(logits, mixture(images))
+            slopes.append(torch.autograd.grad(LOSS(logits, labels)[0], points)[0])
+    assert torch.equal(slopes[0], slopes[1])
+    assert torch.equal(slopes[0], slopes[2]) is (name == "simple")
 
 
 @pytest.mark.parametrize("kind", ["gate", "shared"])
