@@ -180,4 +180,4 @@ def _experts(said: Said, score: str) -> Tensor:
 
 
 def _image_mean(values: Tensor) -> Tensor:
-    return values.flatten(1).mean(dim=1)
+    return values.reshape(len(values), -1).mean(dim=1)

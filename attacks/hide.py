@@ -14,6 +14,7 @@ from attacks.threat import Threat, is_ignored, random_point
 from engine.config import IGNORE, ClassId, Positive, PositiveInt, Probability, UserError
 
 VERSION = 2  # raised when it finds other images
+FOR_LABEL_MAPS = True  # one label for an image is nothing that could be hidden in it
 
 
 def hide(

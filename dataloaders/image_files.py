@@ -66,7 +66,11 @@ class Folder:
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(name, bytes) in any order."""
         for name in names:
-            yield name, (self.root / name).read_bytes()
+            try:
+                content = (self.root / name).read_bytes()
+            except OSError as error:
+                raise UserError(f"{self.root / name}: can't be read ({error.strerror or error})") from error
+            yield name, content
 
 
 class Archive:

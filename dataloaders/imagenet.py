@@ -74,8 +74,13 @@ def solved(path: Path, classes: Sequence[str], names: Sequence[str]) -> list[Lab
     """Lines ImageId,PredictionString: the first word of the latter is the class. UserError unless they are of `names`,
     the images that are there."""
     places, found = {wnid: place for place, wnid in enumerate(classes)}, []
-    with open(path, newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if lacking := {"ImageId", "PredictionString"} - set(rows.fieldnames or ()):
+            raise UserError(
+                f"{path}: column {' and '.join(sorted(lacking))} missing; expected ImageId,PredictionString"
+            )
+        for number, row in enumerate(rows, start=2):
             words = (row.get("PredictionString") or "").split()
             if not words or words[0] not in places:
                 raise UserError(f"{path}:{number}: {words[:1]} is no class of train/")

@@ -1,6 +1,7 @@
 """Mean and spread of several runs of one pipeline: python -m evaluation.seeds [--attacked] RUN_FOLDER RUN_FOLDER ...
 
-The mIoU of every row on every subset; with --attacked, and so for classifiers, clean figures and worst cases.
+The mIoU of every row on every subset; with --attacked clean figures and worst cases. Of classifiers both at once:
+top-1 of the whole split, balance of the routes, clean figures and worst cases of the images that were attacked.
 """
 
 import argparse
@@ -32,15 +33,26 @@ OTHER_FIGURES = {
     "route_stability": "route unchanged",
 }
 
+WHOLE = {
+    "top1": "top-1, whole split",
+    "effective_experts": "effective experts",
+}  # of classifiers, without attacks
+NUMBERS = (WHOLE["effective_experts"],)  # no shares, so not in percent
+
 Figures = dict[
     str, dict[str, float | None]
-]  # by row name and column title, fractions; None where not defined
+]  # by row name and column title, fractions or NUMBERS; None where not defined
+
+
+def tables_below(folder: str | Path, name: str) -> list[Path]:
+    """The files of this name in a folder, or else below it."""
+    folder = Path(folder)
+    return [folder / name] if (folder / name).is_file() else sorted(folder.rglob(name))
 
 
 def find_table(folder: str | Path, name: str) -> Path:
     """The one file of this name in or below a folder. Raises UserError where there is none, or several."""
-    folder = Path(folder)
-    found = [folder / name] if (folder / name).is_file() else sorted(folder.rglob(name))
+    found = tables_below(folder, name)
     if not found:
         raise UserError(f"{folder}: no {name} here or below; run the pipeline's evaluation first")
     if len(found) > 1:
@@ -70,10 +82,15 @@ def read_matrix(path: Path) -> Figures:
 
 
 def read_attacked(path: Path) -> Figures:
-    """Clean figures and worst cases of a results.csv. UserError where nothing was attacked."""
+    """Clean figures and worst cases of a results.csv. UserError where nothing was attacked, but for classifiers."""
     found: Figures = {}
-    for row in read_rows(path):
-        column = column_of(row)
+    rows = read_rows(path)
+    classifiers = any(row["metric"] == "top1" for row in rows)
+    for row in rows:
+        whole = classifiers and not (
+            row["suite"] or row["corruption"] or row["kind"] in ("difference", "floor")
+        )
+        column = WHOLE.get(row["metric"]) if whole else column_of(row)
         if column:
             found.setdefault(row["model"], {})[column] = float(row["value"]) if row["value"] else None
     if not found:
@@ -106,10 +123,12 @@ def column_of(row: Mapping[str, str]) -> str | None:
 
 def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     """A Markdown table, in percent: mean, sd (n - 1) and smallest .. largest of every figure over the runs. attacked:
-    of clean figures and worst cases, in place of the clean matrix.
+    of clean figures and worst cases, in place of the clean matrix, which classifiers have none of.
 
     Raises UserError for fewer than two runs, a run given twice, and runs with other columns. Rows that not
     every run has are named below the table. ! is behind those with a flag in the checks.csv of a run."""
+    if any(tables_below(folder, RESULTS) and not tables_below(folder, MATRIX) for folder in folders):
+        attacked = True  # classifiers
     name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
     paths = [find_table(folder, name) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
@@ -124,11 +143,15 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     cells = [
         [
             name + " !" * (name in flagged),
-            *(_spread([table[name][column] for table in tables]) for column in columns),
+            *(
+                _spread([table[name][column] for table in tables], 1 if column in NUMBERS else 100)
+                for column in columns
+            ),
         ]
         for name in shared
     ]
-    lines = [f"{len(paths)} runs; mean ± sd (smallest .. largest), percent.", ""]
+    numbers = "".join(f"; {column}: a number" for column in NUMBERS if column in columns)
+    lines = [f"{len(paths)} runs; mean ± sd (smallest .. largest), percent{numbers}.", ""]
     lines += markdown_table(["model", *columns], cells, left=1)
     if flagged & set(shared):
         lines += [
@@ -146,12 +169,12 @@ def _title(column: str) -> str:
     return f"mIoU_common {column[12:]}" if common else f"mIoU {column[5:]}"
 
 
-def _spread(values: Sequence[float | None]) -> str:
+def _spread(values: Sequence[float | None], scale: float) -> str:
     if None in values:
         return "-"
-    percent = [100 * value for value in values]
-    mean, deviation = statistics.mean(percent), statistics.stdev(percent)
-    return f"{mean:.2f} ± {deviation:.2f} ({min(percent):.2f} .. {max(percent):.2f})"
+    scaled = [scale * value for value in values]
+    mean, deviation = statistics.mean(scaled), statistics.stdev(scaled)
+    return f"{mean:.2f} ± {deviation:.2f} ({min(scaled):.2f} .. {max(scaled):.2f})"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -207,6 +207,13 @@ def refuse_for_label_maps(attacks: Iterable[Component], key: str) -> None:
             raise UserError(f"{key}: {attack.name} is for classifiers; label maps have apgd and square")
 
 
+def refuse_for_classifiers(attacks: Iterable[Component], key: str) -> None:
+    """UserError for an attack that is for label maps alone."""
+    for attack in attacks:
+        if getattr(module_of(attack), "FOR_LABEL_MAPS", False):
+            raise UserError(f"{key}: {attack.name} is for label maps, and these are classifiers")
+
+
 def attacks_for(attacks: Sequence[Component], kinds: Mapping[str, Kind]) -> dict[str, list[Component]]:
     """The attacks of a config that each target takes; kinds: of the targets, by their names. UserError for an attack
     that none of them takes."""

@@ -79,7 +79,7 @@ class External(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.stride = num_classes, stride
-        self._source = f"{file}:{function}"  # where it lies is no part of what it is
+        self._source, self._file = f"{file}:{function}", Path(file)  # where it lies is no part of what it is
         self.changes_images = stride > 1 or mean is not None or std is not None
         self.file_sha256 = sha256_of(Path(file), sha256)
         self.normalize = Normalize(mean or (0.0,) * 3, std or (1.0,) * 3)
@@ -105,10 +105,11 @@ class External(nn.Module):
     def forward_features(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, num_classes, h, w] as the network gives them and its features, [B, 0, 1, 1] without any."""
         entering = self.entered(images)
-        if self.feature_channels:
-            logits, features = self.network.forward_features(entering)
-        else:
-            logits, features = self.network(entering), images.new_empty(len(images), 0, 1, 1)
+        with told_with_line(self._file, images):
+            if self.feature_channels:
+                logits, features = self.network.forward_features(entering)
+            else:
+                logits, features = self.network(entering), images.new_empty(len(images), 0, 1, 1)
         self.refuse_other_than_logits(logits, len(images))
         return logits, features
 
@@ -141,7 +142,8 @@ class ExternalClassifier(External):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [0, 1] -> logits [B, num_classes]."""
-        logits = self.network(self.entered(images))
+        with told_with_line(self._file, images):
+            logits = self.network(self.entered(images))
         self.refuse_other_than_logits(logits, len(images))
         return logits
 
@@ -221,8 +223,8 @@ def is_installed(module: ModuleType) -> bool:
 
 
 @contextmanager
-def told_with_line(file: Path) -> Iterator[None]:
-    """Turns what the user's code raises into a UserError that names its last line there."""
+def told_with_line(file: Path, images: torch.Tensor | None = None) -> Iterator[None]:
+    """Turns what the user's code raises into a UserError that names its last line there and what it was given."""
     try:
         yield
     except UserError:
@@ -230,4 +232,5 @@ def told_with_line(file: Path) -> Iterator[None]:
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = f", line {own[-1].lineno}" if own else ""
-        raise UserError(f"network.file: {file}{line}: {type(error).__name__}: {error}") from error
+        given = "" if images is None else f" (images {list(images.shape)})"
+        raise UserError(f"network.file: {file}{line}: {type(error).__name__}: {error}{given}") from error

@@ -34,7 +34,14 @@ from evaluation.classifier_tables import (
 from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all, begin, is_complete, shard
-from evaluation.suites import Member, attacks_for, extra_members, member, needs_class_weights
+from evaluation.suites import (
+    Member,
+    attacks_for,
+    extra_members,
+    member,
+    needs_class_weights,
+    refuse_for_classifiers,
+)
 from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
@@ -367,6 +374,7 @@ def members_of(
         for one in targets
     }
     beside = max((passes_of(own[one.name]) for one in targets if one.kind in ROUTED), default=0)
+    refuse_for_classifiers(settings.attacks, "evaluate.attacks")
     further = attacks_for(settings.attacks, {one.name: one.kind for one in targets})
     for one in targets:
         if one.kind == "single" and one.role != "pathway":

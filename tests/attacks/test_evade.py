@@ -10,6 +10,7 @@ from attacks.evade import SCORES, Said, evade, listen
 from attacks.search import scores
 from attacks.threat import Threat, is_inside
 from engine.config import UserError
+from networks.cnn_moe.model import CNNMoE
 
 EPS = 8 / 255
 IMAGES = torch.rand(3, 3, 10, 10, generator=torch.Generator().manual_seed(1))
@@ -142,3 +143,14 @@ def test_a_score_that_a_network_doesn_t_have_is_refused(segmenter):
         attack(score="disagreement")
     with pytest.raises(UserError, match="gate_entropy is for routed models"):
         attack(score="gate_entropy")
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_classifiers_have_one_answer_for_an_image(score):
+    torch.manual_seed(0)
+    model = CNNMoE(4, arch="resnet18", ratio=0.05).eval()
+    images, labels = torch.rand(3, 3, 8, 8), torch.randint(4, (3,))
+    found = evade(
+        model, images, labels, Threat(0.1, ignore_index=None, seeds=(0, 1, 2)), score=score, steps=2
+    )
+    assert found.correct.shape == (3,) and torch.isfinite(found.images).all()

@@ -1,6 +1,7 @@
 """Image sets in the layouts that they come in, read in place; damage is named; val is balanced and out of train."""
 
 import gzip
+import os
 import tarfile
 import tracemalloc
 
@@ -275,6 +276,16 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     folders = class_folders(tmp_path / "folders", ("train", "val"), ["n01", "n02"], 3, (48, 64))
     plain = imagenet(cache, root=str(folders), edge=32, val_images=2)
     assert plain.split("test").labels.tolist() == [0, 0, 0, 1, 1, 1]
+    solution = root / "LOC_val_solution.csv"
+    solution.write_text("\ufeff" + solution.read_text())  # as spreadsheets write it
+    assert same(found, imagenet(cache, root=str(root), edge=32, val_images=2))
+    solution.write_text(solution.read_text().replace("ImageId", "Id"))
+    with pytest.raises(UserError, match=r"solution\.csv: column ImageId missing; expected ImageId,Prediction"):
+        imagenet(cache, root=str(root))
+    for size in (5000, 20_000):
+        os.truncate(tmp_path / "packed" / "train.lmdb", size)
+        with pytest.raises(UserError, match=rf"train\.lmdb: is cut off; it has {size} bytes of \d+$"):
+            imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2)
     (root / "LOC_val_solution.csv").unlink()
     with pytest.raises(UserError, match=r"no class folders, and there is no LOC_val_solution\.csv"):
         imagenet(cache, root=str(root))

@@ -190,7 +190,9 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
 
     for name, value in (("a", 0.5), ("b", 0.6)):
         rows = [
-            row("moe", "", "", "", "top1", 0.99),  # of other images
+            row("moe", "", "", "", "top1", 0.99),  # of all images
+            row("moe", "", "", "", "effective_experts", 1 + value),
+            row("moe", "", "", "", "load_0", 0.7),
             row("moe", "quick", "clean", 0.0, "top1", value),
             row("moe", "quick", "pgd ce", 0.1, "top1", 0.77),
             row("moe", "quick", "worst of adaptive", 0.1, "top1", value / 2),
@@ -203,18 +205,30 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
             row("plain", "quick", "clean", 0.0, "top1", 0.9),
             row("moe - plain", "quick", "worst of adaptive", 0.1, "top1", 0.1, "difference"),
             row(FLOOR, "quick", "", "", "top1", 0.1, "floor"),
+            row(FLOOR, "", "", "", "top1", 0.1, "floor"),
         ]
         (tmp_path / name).mkdir()
         (tmp_path / name / "results.csv").write_text(csv_text(RESULT_COLUMNS, rows))
-    head, _, moe, plain = summary([tmp_path / "a", tmp_path / "b"], attacked=True).splitlines()[2:]
-    titles = ["top-1 clean", "top-1 PGD 25.5/255", "top-1 adaptive 25.5/255", "router attacked 25.5/255"]
+    text = summary([tmp_path / "a", tmp_path / "b"], attacked=True)
+    assert summary([tmp_path / "a", tmp_path / "b"]) == text  # classifiers have no other table
+    told, _, head, _, moe, plain = text.splitlines()
+    assert told.endswith("percent; effective experts: a number.")
+    titles = [
+        "top-1, whole split",
+        "effective experts",
+        "top-1 clean",
+        "top-1 PGD 25.5/255",
+        "top-1 adaptive 25.5/255",
+        "router attacked 25.5/255",
+    ]
     titles += ["top-1 AutoAttack 25.5/255", "top-1 worst of all 25.5/255"]
     assert head == f"| model | {' | '.join(titles)} |"
     assert moe.startswith(
-        "| moe | 55.00 ± 7.07 (50.00 .. 60.00) | 77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
+        "| moe | 99.00 ± 0.00 (99.00 .. 99.00) | 1.55 ± 0.07 (1.50 .. 1.60) | 55.00 ± 7.07 (50.00 .. 60.00) | "
+        "77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
     )
     assert moe.endswith(" | 20.00 ± 0.00 (20.00 .. 20.00) | 5.00 ± 0.00 (5.00 .. 5.00) |")
-    assert plain == "| plain | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - | - |"
+    assert plain == "| plain | - | - | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - | - |"
     found = [
         Finding("masking", "plain", 0.1, "", "flag", "a gap"),
         Finding("masking", "moe", 0.1, "", "ok", ""),
@@ -227,7 +241,7 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
         == "!: a check raised a flag against figures of it in one of these runs; see their checks.csv."
     )
     assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "top1", 1)]))
+    (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "miou", 1)]))
     with pytest.raises(UserError, match="holds no attacked figures"):
         summary([tmp_path / "a", tmp_path / "b"], attacked=True)
 

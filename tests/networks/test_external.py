@@ -253,6 +253,17 @@ def test_what_are_no_logits_is_refused(tmp_path, code, message):
         External(3, file=str(tmp_path / "net.py"))(torch.rand(2, 3, 8, 8))
 
 
+@pytest.mark.parametrize("kind", [External, ExternalClassifier])
+def test_what_fails_when_it_runs_is_told_with_its_line_and_the_images(tmp_path, kind):
+    file = tmp_path / "net.py"
+    file.write_text(
+        "import torch\n\ndef net(images):\n    return images @ torch.ones(7, 7)\n\ndef build():\n    return net\n"
+    )
+    message = r"network\.file: .*net\.py, line 4: RuntimeError: .* \(images \[2, 1, 8, 8\]\)$"
+    with pytest.raises(UserError, match=message):
+        kind(3, file=str(file))(torch.rand(2, 1, 8, 8))
+
+
 def test_multiply_adds_are_counted_in_a_real_pass(tmp_path):
     (tmp_path / "net.py").write_text(
         f"{LAYERS}\nclass Picky(nn.Conv2d):\n    def forward(self, images):\n"

@@ -280,6 +280,7 @@ def test_clean_alone_needs_no_images_to_attack(bench):
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
         ({"attacks": [{"name": "member_sum"}]}, "for ensembles, and none of moe, .*plain is one"),
+        ({"attacks": [{"name": "hide", "class_id": 1}]}, "evaluate.attacks: hide is for label maps"),
         (
             {"attacks": [{"name": "pgd", "loss": "balanced_masked_ce"}]},
             "pgd: loss balanced_masked_ce .* label maps",
