@@ -348,7 +348,7 @@ class Evaluate(Section):
     eps: Annotated[list[Positive], AfterValidator(each_once)] = Field(
         [0.25 / 255, 0.5 / 255, 1 / 255, 2 / 255],
         description="largest changes that attacks may make, for pixels in [0, 1], such as [0.5/255, 1/255]; norm: l2 "
-        "needs its own",
+        "needs its own; of networks that were all trained on attacked images [2/255, 4/255, 8/255] unless told",
     )
     norm: Literal["linf", "l2"] = Field(
         "linf", description="eps bounds each value (linf), or the length (l2)"
@@ -463,7 +463,7 @@ def _run_or_network(value: Any) -> str | Component:
 Source = Annotated[str | Component, PlainValidator(_run_or_network)]
 
 
-ROBUST_EPS = ("2/255", "4/255", "8/255")  # evaluate.eps of adversarially trained networks
+ROBUST_EPS = (2 / 255, 4 / 255, 8 / 255)  # evaluate.eps of adversarially trained networks
 
 
 class Run(Config):

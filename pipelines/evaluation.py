@@ -51,6 +51,8 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     subsets = subsets_of(config)
     frames = index.select(settings.split, subsets)
     zoo = load_zoo(config, index)
+    config = robustness.with_ladder(config, zoo)
+    settings = config.evaluate
     if options.dry_run:
         print(describe_zoo(config, zoo, frames))
         if corruptions.is_asked(settings):

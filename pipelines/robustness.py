@@ -11,6 +11,7 @@ from attacks.threat import Threat, seed_of
 from dataloaders.cache import open_cache
 from dataloaders.frames import Frame, FrameIndex
 from engine.config import Component, Evaluate, Evaluation, UserError
+from engine.schema import ROBUST_EPS
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.detectors import DETECTION_COLUMNS, cost, detection_rows
@@ -34,6 +35,7 @@ from evaluation.targets import Target, target_of
 from evaluation.transfer import TRANSFER_COLUMNS, transfer
 from networks.ensemble import Ensemble
 from pipelines.matrix import Zoo, is_whole, load_zoo, subsets_of
+from pipelines.models import Trained
 from pipelines.segmentation import evaluation_batches
 
 ENSEMBLE = "ensemble "  # before the name of its rule: the name of its row
@@ -42,6 +44,29 @@ ENSEMBLE = "ensemble "  # before the name of its rule: the name of its row
 def is_asked(settings: Evaluate) -> bool:
     """Whether an evaluation attacks anything."""
     return settings.suite != "none" or any(attack.name != "clean" for attack in settings.attacks)
+
+
+def with_ladder(config: Evaluation, zoo: Zoo) -> Evaluation:
+    """A config that names no eps attacks more strongly where all networks were trained on attacked images."""
+    settings = config.evaluate
+    robust = [name for name, one in zoo.networks.items() if is_robust(one)]
+    if not (robust and is_asked(settings) and settings.norm == "linf") or "eps" in settings.model_fields_set:
+        return config
+    stronger = ", ".join(map(eps_text, ROBUST_EPS))
+    if len(robust) < len(zoo.networks):
+        print(
+            f"note: {', '.join(robust)} were trained on attacked images, other networks here were not: evaluate.eps is "
+            f"{', '.join(map(eps_text, settings.eps))}; name [{stronger}] to tell more of the former"
+        )
+        return config
+    print(f"evaluate.eps: {stronger}, as all networks were trained on attacked images")
+    return config.model_copy(update={"evaluate": settings.model_copy(update={"eps": list(ROBUST_EPS)})})
+
+
+def is_robust(trained: Trained) -> bool:
+    """Whether a network was trained on attacked images."""
+    train = trained.metadata.get("config", {}).get("train") or {}
+    return train.get("adversarial", "none") != "none"
 
 
 def begin(folder: Path) -> None:

@@ -15,11 +15,14 @@ from engine.steps import Phase, compute_gradients, under_attack
 from metrics.confusion import confusion
 from pipelines import segmentation, stages
 from pipelines.gates import gate_loss, loss_of_images
+from pipelines.matrix import load_zoo
 from pipelines.models import load_gate, load_network, stored_network
 from pipelines.robust_validation import attacked_confusion, climbed
+from pipelines.robustness import with_ladder
 from pipelines.segmentation import evaluation_batches, figures
 from pipelines.shared_encoder import OwnImages, build, phases
 from tests.pipelines.conftest import write_yaml
+from tests.pipelines.test_segmentation import evaluation_of
 from tests.pipelines.test_shared_encoder import FRRN, config_of, copied, stop_after
 
 ADVERSARIAL = {"attack": "segpgd", "eps": 0.02, "steps": 2}
@@ -381,3 +384,19 @@ def test_the_attack_and_the_weights_that_a_stage_starts_from_are_part_of_its_key
         several(adversarial(trained.gate("x"), start_from=str(trained.run("robust_gates")))),
     )
     assert {f"weights.start_from/{name}" for name in GATES} <= stages.ingredients_of(gates).keys()
+
+
+def test_an_evaluation_of_robust_networks_alone_has_a_ladder_of_its_own(trained, capsys):
+    def ladder(experts, **settings):
+        config = evaluation_of(trained, experts=experts, baselines={}, gates={}, ensembles=[])
+        config = trained.load({**config, "evaluate": {"suite": "quick", **settings}})
+        return with_ladder(config, load_zoo(config, config.data.build())).evaluate.eps
+
+    robust = {"robust_day": str(trained.run("robust_day"))}
+    both = {**robust, "night": str(trained.run("night"))}
+    assert ladder(robust) == [2 / 255, 4 / 255, 8 / 255]
+    assert capsys.readouterr().out.startswith("evaluate.eps: 2/255, 4/255, 8/255, as all networks were trained")
+    assert max(ladder(both)) == 2 / 255
+    assert "note: robust_day were trained on attacked images, other networks" in capsys.readouterr().out
+    assert ladder(robust, eps=[0.5 / 255]) == [0.5 / 255] and max(ladder({"night": both["night"]})) == 2 / 255
+    assert max(ladder(robust, suite="none")) == 2 / 255 and capsys.readouterr().out == ""
