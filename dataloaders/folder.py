@@ -67,12 +67,15 @@ def folder(
         refuse_kitti("folder", base)
     if split_by == "blocks" and sequence_column is None:
         raise UserError("folder: split_by: blocks needs sequence_column, the column of the recording")
-    if split_by == "column" and (train_only or guard or split_shares):
-        raise UserError("folder: train_only, guard and split_shares are for split_by: blocks")
+    if split_by == "column" and (train_only or guard or split_shares or split_seed != 304):
+        raise UserError("folder: train_only, guard, split_shares and split_seed are for split_by: blocks")
     shares = check_shares(split_shares or SHARES)
     names, palette, ids = read_classes(base / classes)
     rows = Manifest(base / manifest)
     sequences = rows.column(sequence_column or name_column)
+    if "all" in rows.column(subset_column):
+        line = rows.column(subset_column).index("all") + 2
+        raise UserError(f"{rows.path}:{line}: a subset can't be named all, which stands for all of them")
     blocks = block_names(sequences, rows.column(block_column) if block_column else None)
     fields = rows.column(name_column), rows.column(subset_column), sequences, blocks
     files_of = cache(list_files)  # one listing of a folder instead of a look at every file

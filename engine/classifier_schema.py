@@ -20,7 +20,17 @@ from engine.schema import (
     word_or_count,
 )
 from engine.sections import ComponentSection, Config, Section
-from engine.values import Bool, Name, NonNegative, NonNegativeInt, Positive, PositiveInt, Rows, Text
+from engine.values import (
+    Bool,
+    Name,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Rows,
+    Text,
+    number_or_none,
+)
 from engine.yaml_source import expand
 
 Classifier = Annotated[Component, Named("networks:CLASSIFIERS")]
@@ -118,6 +128,9 @@ class ClassifierTrain(BasicTrain):
                 Mistake(("eps",), "has no effect with method: standard; val_eps is for the validation")
             )
         idle = {"standard": ("beta", "steps", "step_size"), "pgd_at": ("beta",)}.get(method, ())
+        if "beta" not in idle and number_or_none(data.get("beta")) == 0:
+            told = "0 leaves the attacked images without weight; take more, or method: standard"
+            mistakes.append(Mistake(("beta",), told))
         if not data.get("val_eps") and method == "standard":
             idle += ("val_steps",)
         for key in idle:

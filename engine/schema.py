@@ -11,6 +11,7 @@ from engine.sections import ComponentSection, Config, Section
 from engine.values import (
     Bool,
     Bytes,
+    Decay,
     Float,
     Name,
     NonNegative,
@@ -224,9 +225,7 @@ class BasicTrain(Section):
     compile: Bool = Field(False, description="torch.compile the network (GPU only)")
     accumulate: PositiveInt = Field(1, description="batches whose gradients make one optimizer step")
     clip_norm: Positive | None = Field(None, description="largest norm of the gradient; null: no clipping")
-    ema: Probability | None = Field(
-        None, description="decay of the moving average of the weights; null: none"
-    )
+    ema: Decay | None = Field(None, description="decay of the moving average of the weights; null: none")
     early_stop: PositiveInt | None = Field(
         None, description="epochs without improvement until the end; null: all"
     )
@@ -396,19 +395,24 @@ class Evaluate(Section):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        eps, mistakes = data.get("eps", cls.model_fields["eps"].default), boundless(data)
-        if data.get("adversarials") == "uint8" and isinstance(eps, list):
-            numbers = [number for number in map(number_or_none, eps) if number]
-            mistakes += [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
+        eps, mistakes = data.get("eps"), boundless(data)
         attacked = data.get("suite", "none") != "none" or attacking(data.get("attacks"))
         if attacked and data.get("norm") == "l2" and data.get("eps") is None:
             told = "missing; the radii that stand for it are of linf: name those of l2, such as [0.5, 1, 2]"
             mistakes.append(Mistake(("eps",), told))
+        elif attacked and data.get("adversarials") == "uint8":
+            if eps is None:
+                least = min(cls.model_fields["eps"].default)
+                mistakes.append(Mistake(("eps",), f"missing; of those that stand for it {motionless(least)}"))
+            numbers = [
+                number for number in map(number_or_none, eps if isinstance(eps, list) else ()) if number
+            ]
+            mistakes += [Mistake(("eps",), motionless(number)) for number in numbers if motionless(number)]
         if not attacked:
             mistakes += [
                 Mistake((key,), "needs attacks beside it: evaluate.suite, or evaluate.attacks")
-                for key in ("transfer", "detectors", "deployment_precision")
-                if data.get(key) and data[key] != "fp32"
+                for key in ("transfer", "detectors", "deployment_precision", "adversarials")
+                if data.get(key) and data[key] not in ("fp32", "none")
             ]
         return mistakes
 
@@ -650,8 +654,23 @@ class Pipeline(Config):
         mistakes: list[Mistake] = []
         earlier: list[str] = []
         stages = data.get("stages")
+        shared = data.get("set") if isinstance(data.get("set"), dict) else {}
+        told = "has no effect: name and output of a stage are given by the pipeline"
+        mistakes += [Mistake(("set", key), told) for key in ("name", "output") if key in shared]
         for name, stage in stages.items() if isinstance(stages, dict) else ():
             changes = stage.get("set") if isinstance(stage, dict) else None
+            own = changes if isinstance(changes, dict) else {}
+            mistakes += [
+                Mistake(("stages", name, "set", key), told) for key in ("name", "output") if key in own
+            ]
+            mistakes += [
+                Mistake(
+                    ("stages", name),
+                    f"lies in the folder of stage {other}, which empties it",
+                )
+                for other in stages
+                if str(name).startswith(f"{other}/")
+            ]
             for key, value in changes.items() if isinstance(changes, dict) else ():
                 allowed = f"allowed: the stages before it ({', '.join(earlier) or 'none'})"
                 mistakes += [

@@ -30,7 +30,7 @@ def number_or_none(value: Any) -> float | None:
     """A number as YAML may have it, None for anything else: a mistake that is told elsewhere."""
     try:
         return _number(value)
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ArithmeticError):
         return None
 
 
@@ -64,7 +64,7 @@ def _typed(expected: str, convert: Callable, holds: Callable = lambda value: Tru
             converted = convert(value)
             if holds(converted):
                 return converted
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, ArithmeticError):
             pass
         raise Mistakes(wrong(value, expected))
 
@@ -100,6 +100,7 @@ Positive = Annotated[float, _typed("a number above 0", _number, lambda number: n
 Positives = Annotated[tuple[Positive, ...], Field(min_length=1)]
 NonNegative = Annotated[float, _typed("a number, 0 or more", _number, lambda number: number >= 0)]
 Probability = Annotated[float, _typed("a number from 0 to 1", _number, lambda number: 0 <= number <= 1)]
+Decay = Annotated[float, _typed("a number from 0, below 1", _number, lambda number: 0 <= number < 1)]
 
 ClassId = Annotated[int | str, PlainValidator(_class)]
 Size = Annotated[

@@ -43,6 +43,7 @@ _SCALARS = {
     "int": (r"[-+]?[0-9]+", list("-+0123456789"), int),
     "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789"), float),
 }
+DIGITS = 18  # of a whole number: all of them fit into 64 bits
 _PREFIX = "tag:yaml.org,2002:"
 
 
@@ -99,6 +100,8 @@ def parse(text: str, file: str, problems: list[Problem], numbered: bool = True) 
         raise ConfigError([f"{place}: not YAML: {error.problem or error.context}{hint}"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{file}: not YAML: {' '.join(str(error).split())}"]) from None
+    except RecursionError:
+        raise ConfigError([f"{file}: lists and mappings are nested too deeply"]) from None
     return Node(None, reader.source(0)) if root is None else reader.node(root, root.start_mark.line, ())
 
 
@@ -142,6 +145,9 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         line, kind = node.start_mark.line, node.tag.removeprefix(_PREFIX)
+        if kind == "int" and len(node.value.lstrip("+-")) > DIGITS:
+            self.problem(line, f"{node.value[:DIGITS]}... has {len(node.value)} digits; allowed: {DIGITS}")
+            return 1  # any number will do, so that the same mistake is not told twice
         if kind in _SCALARS and re.fullmatch(_SCALARS[kind][0], node.value):
             return _SCALARS[kind][2](node.value)
         if kind != "str":

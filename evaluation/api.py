@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from attacks.threat import count_labelled, refuse_bad_images
 from engine.components import Named
 from engine.config import IGNORE, Component, UserError
+from engine.devices import pick_device
 from engine.errors import ConfigError, Mistakes
+from engine.values import number_or_none
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.plan import Scene, Setup
@@ -82,6 +84,8 @@ def evaluate(
             f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
             "told from the model of that one; take a new folder, or give the nn.Module itself"
         )
+    if isinstance(classes, str):
+        raise UserError(f"classes: {classes!r} is wrong; expected the name of each class")
     if torch.is_inference_mode_enabled():
         raise UserError("evaluate: attacks need gradients; call it outside of torch.inference_mode()")
     if eps is None and norm == "l2":
@@ -89,6 +93,11 @@ def evaluate(
     eps = LINF_EPS if eps is None else eps
     if isinstance(eps, int | float | str):
         raise UserError(f"eps: {eps!r} is wrong; expected several numbers, such as [{eps}]")
+    radii = [number_or_none(one) if isinstance(one, str) else one for one in eps]
+    if None in radii:
+        raise UserError(f"eps: {list(eps)} is wrong; expected numbers, such as [2/255]")
+    device = pick_device(str(device))
+    refuse_other_weights(model)
     batches = loader if iter(loader) is not loader else list(loader)
     first = checked(batches, ignore_index, blocks)
     if isinstance(model, nn.Module):
@@ -97,12 +106,14 @@ def evaluate(
     own = members(suite, target.kind, target.num_experts)
     known = classes_of(model, first[:1].to(device))
     classes = list(classes) or [f"class {index}" for index in range(known)]
+    if class_pixels is not None and min(class_pixels, default=0) < 0:
+        raise UserError(f"class_pixels: {min(class_pixels)} is wrong; expected 0 or more of each class")
     for key, given in (("classes", classes), ("class_pixels", class_pixels)):
         if given is not None and len(given) != known:
             raise UserError(f"{key}: {len(given)} of them, and the model has logits of {known} classes")
     about = {"image_size": list(first.shape[-2:])}
     setup = Setup(
-        tuple(classes), tuple(eps), suite, norm, seed, ignore_index, about=about,
+        tuple(classes), tuple(radii), suite, norm, seed, ignore_index, about=about,
         deployment_precision=deployment_precision,
     )  # fmt: skip
     attacks = [as_component(attack, place) for place, attack in enumerate(attacks)]
@@ -122,7 +133,6 @@ def evaluate(
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
-        device = torch.device(device)
         with as_begun(place / "ledger"):
             found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
             certified = certify_targets([target], scenes, setup, device)
@@ -131,6 +141,15 @@ def evaluate(
         results, _ = write_robust(place, place / "ledger")
         markdown = (place / "robustness.md").read_text(encoding="utf-8")
     return Report(results, robust_rows(results, certified), markdown)
+
+
+def refuse_other_weights(model: Callable[[Tensor], Tensor]) -> None:
+    """UserError for a model whose weights are not in float32: attacks need it, and so do their figures."""
+    kinds = {one.dtype for one in model.parameters()} if isinstance(model, nn.Module) else set()
+    for kind in kinds - {torch.float32}:
+        name = str(kind).removeprefix("torch.")
+        told = "robustness needs float32: model.float(), and deployment_precision for what it is used in"
+        raise UserError(f"model: has weights in {name}; {told}")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import csv
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 from engine.command import run
@@ -133,6 +134,9 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     paths = [find_table(folder, name) for folder in folders]
     if len({path.resolve() for path in paths}) < max(2, len(paths)):
         raise UserError("name at least two run folders, each once: python -m evaluation.seeds RUN_FOLDER ...")
+    for first, second in combinations(paths, 2):
+        if first.read_bytes() == second.read_bytes():
+            raise UserError(f"{second}: says the same as {first}, byte for byte; name runs of several seeds")
     tables = [read(path) for path in paths]
     columns = list(next(iter(tables[0].values())))
     for path, table in zip(paths, tables, strict=True):

@@ -45,7 +45,7 @@ from evaluation.suites import (
 from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
 from pipelines.classifier_costs import cost_of
-from pipelines.models import Trained, load_classifier, require_classes, require_network
+from pipelines.models import Trained, built_external, load_classifier, require_classes, require_network
 from pipelines.seen_images import refuse_seen
 
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
@@ -146,7 +146,7 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     """A trained classifier of a run folder or checkpoint, or one that brings its own weights. UserError where nothing
     is trained there, or it is for other classes."""
     if isinstance(source, Component):
-        network = source.build(images.num_classes).eval().requires_grad_(False)
+        network = built_external(source, images.num_classes, key).requires_grad_(False)
         about = {"network": source.plain(), "file_sha256": network.file_sha256}
         return Loaded(network, source.name, about)
     trained = load_classifier(source, key)

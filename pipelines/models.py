@@ -1,6 +1,7 @@
 """Networks from configs and from checkpoints; a gate is only ever put on the experts it was trained with."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def load_network(source: str | Component, key: str, classes: Sequence[str] = ())
 
     Raises UserError for a missing or damaged file, and for a gate's."""
     if isinstance(source, Component):
-        return load_external(source, classes)
+        return load_external(source, classes, key)
     file, tensors, metadata = read_checkpoint(source, key)
     if "gate" in metadata:
         what = "a mixture" if "shared_encoder" in metadata else "a gate"
@@ -80,9 +81,17 @@ def load_classifier(source: str, key: str) -> Trained:
     return Trained(file, network.eval().requires_grad_(False), metadata, tensors_sha256(tensors))
 
 
-def load_external(network: Component, classes: Sequence[str]) -> Trained:
+def built_external(network: Component, num_classes: int, key: str) -> nn.Module:
+    """The module of an external network, in evaluation mode; what is wrong is told at the key that names it."""
+    try:
+        return network.build(num_classes).eval()
+    except UserError as error:
+        raise UserError(re.sub(r"^network\.", f"{key}.", str(error))) from error
+
+
+def load_external(network: Component, classes: Sequence[str], key: str) -> Trained:
     """A network that brings its own weights. What identifies it are the SHA-256 of its file and of its tensors."""
-    module = network.build(len(classes)).eval()
+    module = built_external(network, len(classes), key)
     total, trained = parameters(module)
     metadata = {
         "classes": list(classes),
@@ -118,6 +127,14 @@ def source_of(stored: str | dict) -> str | Component:
         return stored
     arguments = dict(stored)
     return component(NETWORKS, arguments.pop("name"), **arguments)
+
+
+def normalisation(network: nn.Module) -> dict:
+    """What a checkpoint says of a network's own; nothing of one without."""
+    own = getattr(network, "normalize", None)
+    if own is None:
+        return {}
+    return {"normalisation": {"mean": own.mean.flatten().tolist(), "std": own.std.flatten().tolist()}}
 
 
 def load_tensors(module: nn.Module, tensors: Mapping, where: str) -> None:

@@ -37,6 +37,7 @@ from pipelines.models import (
     Trained,
     build_mixture,
     load_network,
+    normalisation,
     require_classes,
     require_home,
     require_network,
@@ -69,8 +70,6 @@ def train(config: Run, options) -> list[Result] | None:
         refuse_bad_data(index)
         return None
 
-    folders = [RunFolder(folder_of(run), run.resolved(), **flags, device=device) for run in runs]
-    folders[0].log(f"{config.name}: {len(frames)} frames to train, {len(held_out)} to validate, {device}")
     settings, data = config.train, config.data
     batches = train_loader(
         index,
@@ -84,6 +83,9 @@ def train(config: Run, options) -> list[Result] | None:
         workers=data.workers,
     )
     held_out_batches = evaluation_batches(data, index, held_out, settings.batch_size, "network")
+    # After all frames have been read once: frames that are refused leave no run folder behind.
+    folders = [RunFolder(folder_of(run), run.resolved(), **flags, device=device) for run in runs]
+    folders[0].log(f"{config.name}: {len(frames)} frames to train, {len(held_out)} to validate, {device}")
     prepare = looking = images_of
     if config.shared_encoder and config.shared_encoder.training == "separate":
         prepare = shared_encoder.own_images(models[0])
@@ -271,12 +273,7 @@ def description(
     if config.shared_encoder:
         return {**about, **shared_encoder.description(config, model)}
     if not config.gate:
-        normalize = model.normalize
-        about["normalisation"] = {
-            "mean": normalize.mean.flatten().tolist(),
-            "std": normalize.std.flatten().tolist(),
-        }
-        return {**about, "network": config.network.plain()}
+        return {**about, **normalisation(model), "network": config.network.plain()}
     sources = config.resolved()["experts"]
     chosen = [
         {"name": name, "path": sources[name], "sha256": expert.sha256} for name, expert in experts.items()
@@ -377,6 +374,12 @@ def describe(
         features, logits = inspection.features, inspection.logits
     else:
         features, logits = [shadow.forward_features(images)[1]], shadow(images)
+    expected = torch.Size((1, index.num_classes, *size))
+    if logits.shape != expected:
+        raise UserError(
+            f"network.name: {config.network.name} gives logits {shape_text(logits)}, expected "
+            f"{'x'.join(map(str, expected))}: forward has to bring them to the size of the images"
+        )
     lines = [
         f"{config.name}: {title}",
         f"parameters: {total:,} ({trained:,} trained)",

@@ -16,7 +16,14 @@ from networks.complexity import parameters
 from networks.moe import ExpertOutputs, gate_channels
 from networks.shared_encoder import SharedEncoderMixture
 from pipelines.gates import loss_of_images, mixture_logits
-from pipelines.models import Trained, load_tensors, mixture_arguments, stored_network, without_pretrained
+from pipelines.models import (
+    Trained,
+    load_tensors,
+    mixture_arguments,
+    normalisation,
+    stored_network,
+    without_pretrained,
+)
 
 PhaseParts = tuple[str, PhaseLoss, list[nn.Parameter]]  # name, loss(model, inputs, labels), what it trains
 
@@ -43,12 +50,11 @@ def build(network: Component, gate: Gate, num_classes: int, names: Sequence[str]
 
 def description(config: Run, mixture: SharedEncoderMixture) -> dict:
     """What its checkpoint says beside what every checkpoint says: all that it takes to build it again."""
-    normalize = mixture.encoder.normalize
     return {
         "network": config.network.plain(),
         "gate": config.gate.plain(),
         "shared_encoder": {**config.shared_encoder.plain(), "decoders": list(mixture.expert_names)},
-        "normalisation": {"mean": normalize.mean.flatten().tolist(), "std": normalize.std.flatten().tolist()},
+        **normalisation(mixture.encoder),
     }
 
 

@@ -202,6 +202,9 @@ def build_stages(config: Pipeline) -> dict[str, Stage]:
 def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> StageConfig:
     """A stage's config with the pipeline's `set` and `seed`, without `train` where nothing is trained."""
     stage = load(file, settings, origin=origin)
+    if isinstance(stage, Pipeline):
+        key = origin.removesuffix("set") + "config"
+        raise UserError(f"{key}: {file} is a pipeline; name the config of a training or an evaluation")
     trains = getattr(stage, "train", None) is not None
     changes = {
         key: value for key, value in config.set.items() if trains or not key.startswith("train.")

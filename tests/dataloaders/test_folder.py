@@ -107,13 +107,14 @@ def test_an_image_and_a_mask_of_different_size_are_refused_naming_both(root):
         ({"subset_column": "split"}, r"manifest\.csv:5: the column 'split' is empty"),
         ({"manifest": "other.csv"}, r"other\.csv: cannot be read"),
         ({"classes": "other.json"}, r"other\.json: cannot be read"),
-        ({"guard": 3}, "guard and split_shares are for split_by: blocks"),
+        ({"guard": 3}, "guard, split_shares and split_seed are for split_by: blocks"),
         ({"split_by": "blocks"}, "split_by: blocks needs sequence_column"),
         (
             {"split_by": "blocks", "sequence_column": "drive", "train_only": "drive=z"},
             "no row has drive=z",
         ),
-        ({"split_shares": {"gate": 0.1}}, "split_shares are for split_by: blocks"),
+        ({"split_shares": {"gate": 0.1}}, "split_shares and split_seed are for split_by: blocks"),
+        ({"split_seed": 9}, "split_shares and split_seed are for split_by: blocks"),
         (BLOCKS | {"split_shares": {"gate": 0.1}}, "split_shares takes gate, val, test.*found {'gate': 0.1}"),
         (BLOCKS | {"split_shares": {"gate": 0.1, "val": 0, "test": 0.1}}, "each above 0"),
         (BLOCKS | {"split_shares": {"gate": 0.3, "val": 0.3, "test": 0.4}}, "together below 1"),
@@ -122,6 +123,14 @@ def test_an_image_and_a_mask_of_different_size_are_refused_naming_both(root):
 def test_wrong_keys_are_told_with_file_and_line(root, keys, message):
     with pytest.raises(UserError, match=message):
         build(root, **keys)
+
+
+def test_a_subset_cannot_be_named_like_all_of_them(tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "subset": "all"}]
+    with pytest.raises(
+        UserError, match=r"manifest\.csv:3: a subset can't be named all, which stands for all"
+    ):
+        build(folder_tree(tmp_path, rows))
 
 
 def test_a_name_without_a_number_cannot_be_split_by_blocks(tmp_path):

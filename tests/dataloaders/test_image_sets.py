@@ -280,7 +280,9 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     solution.write_text("\ufeff" + solution.read_text())  # as spreadsheets write it
     assert same(found, imagenet(cache, root=str(root), edge=32, val_images=2))
     solution.write_text(solution.read_text().replace("ImageId", "Id"))
-    with pytest.raises(UserError, match=r"solution\.csv: column ImageId missing; expected ImageId,Prediction"):
+    with pytest.raises(
+        UserError, match=r"solution\.csv: column ImageId missing; expected ImageId,Prediction"
+    ):
         imagenet(cache, root=str(root))
     for size in (5000, 20_000):
         os.truncate(tmp_path / "packed" / "train.lmdb", size)

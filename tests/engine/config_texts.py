@@ -40,7 +40,7 @@ PIPELINE = """\
 name: all_stages
 stages:
   highway: {config: expert.yaml}
-  urban: {config: expert.yaml, set: {data.subsets: [urban], name: urban}}
+  urban: {config: expert.yaml, set: {data.subsets: [urban], train.ema: 0.9}}
   moe: {config: moe.yaml, set: {experts: {highway: "@highway", urban: "@urban"}}}
 """
 

@@ -51,7 +51,9 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
         ("train.clip_norm=0", "train.clip_norm: 0 is wrong; expected a number above 0"),
         ("train.clip_norm=true", "train.clip_norm: true is wrong; expected a number above 0"),
         ("train.clip_norm=1/0", 'train.clip_norm: "1/0" is wrong; expected a number above 0'),
-        ("train.ema=1.1", "train.ema: 1.1 is wrong; expected a number from 0 to 1"),
+        ("train.ema=1", "train.ema: 1 is wrong; expected a number from 0, below 1"),
+        ("train.seed=" + 20 * "9", f"train.seed: {18 * '9'}... has 20 digits; allowed: 18"),
+        ("train.optimizer.lr=" + 400 * "9", f"train.optimizer.lr: {18 * '9'}... has 400 digits; allowed: 18"),
         ("train.optimizer.lr=1e999", "train.optimizer.lr: Infinity is wrong; expected a number above 0"),
         (
             "train.precision=fp16",
@@ -107,9 +109,18 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
         ),
         ("data.augment.scale=1", "data.augment.scale: 1 is wrong; expected a list such as [1, 2]"),
         (
-            "evaluate={adversarials: uint8, eps: [1/255, 0.5/255]}",
+            "evaluate={suite: quick, adversarials: uint8, eps: [1/255, 0.5/255]}",
             "evaluate.eps: 0.5/255 with adversarials: uint8 is no attack, as images of bytes change by 1/255 at least; "
             "take eps from 1/255 on, or adversarials: float32",
+        ),
+        (
+            "evaluate={suite: quick, adversarials: uint8}",
+            "evaluate.eps: missing; of those that stand for it 0.25/255 with adversarials: uint8 is no attack, as "
+            "images of bytes change by 1/255 at least; take eps from 1/255 on, or adversarials: float32",
+        ),
+        (
+            "evaluate.adversarials=uint8",
+            "evaluate.adversarials: needs attacks beside it: evaluate.suite, or evaluate.attacks",
         ),
         (
             "evaluate.eps=[1/255, 2]",
@@ -377,13 +388,13 @@ def test_dotted_keys_of_a_stage_are_overridden_as_such(write):
         "set.data.workers=0",
     ]
     config = load(write(PIPELINE), overrides)
-    assert config.stages["urban"].set == {"data.subsets": ["all"], "name": "urban", "train.epochs": 1}
+    assert config.stages["urban"].set == {"data.subsets": ["all"], "train.ema": 0.9, "train.epochs": 1}
     assert config.set == {"data.workers": 0}
 
 
 def test_a_stage_may_use_earlier_stages_only(write):
-    assert refused(write(PIPELINE), **{"stages.highway.set": {"name": ["x", "@urban"]}}) == [
-        "command line: stages.highway.set.name: no stage @urban; allowed: the stages before it (none)"
+    assert refused(write(PIPELINE), **{"stages.highway.set": {"network": ["x", "@urban"]}}) == [
+        "command line: stages.highway.set.network: no stage @urban; allowed: the stages before it (none)"
     ]
     lines = refused(
         write(PIPELINE.replace("@urban", "@urbann").replace("  highway: {config: expert.yaml}\n", ""))
@@ -392,6 +403,20 @@ def test_a_stage_may_use_earlier_stages_only(write):
         "config.yaml:4: stages.moe.set.experts: no stage @highway; allowed: the stages before it (urban)",
         "config.yaml:4: stages.moe.set.experts: no stage @urbann; allowed: the stages before it (urban); "
         "did you mean 'urban'?",
+    ]
+
+
+def test_a_stage_has_a_folder_of_its_own(write):
+    told = "has no effect: name and output of a stage are given by the pipeline"
+    overrides = {"set": {"output": "x"}, "stages.highway.set": {"name": "x", "output": "y"}}
+    assert refused(write(PIPELINE), **overrides) == [
+        f"command line: set.output: {told}",
+        f"command line: stages.highway.set.name: {told}",
+        f"command line: stages.highway.set.output: {told}",
+    ]
+    nested = PIPELINE + "  urban/other: {config: expert.yaml}\n"
+    assert refused(write(nested)) == [
+        "config.yaml:6: stages.urban/other: lies in the folder of stage urban, which empties it"
     ]
 
 

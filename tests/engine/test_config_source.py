@@ -44,7 +44,7 @@ def test_bare_words(text, value):
 plain_values = st.recursive(
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(1 - 10**18, 10**18 - 1)
     | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8).filter(
         lambda text: "${" not in text
@@ -66,6 +66,11 @@ def test_dump_reads_back_as_the_same_value(value):
     for text in (dump(value), dump(value, flow=True)):
         assert repr(value_of(text)) == repr(value)
     assert "\n" not in dump(value, flow=True)
+
+
+def test_what_is_nested_without_end_is_refused(write):
+    (line,) = refused(write("name: " + 3000 * "["))
+    assert line == "config.yaml: lists and mappings are nested too deeply"
 
 
 def test_broken_yaml_names_the_line(write):

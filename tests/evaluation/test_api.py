@@ -313,6 +313,10 @@ def test_batches_that_cannot_be_attacked_are_refused_first(tmp_path, batches, to
         ({"class_pixels": [1, 2, 3]}, "class_pixels: 3 of them"),
         ({"eps": [8]}, "eps: 8 lets every pixel become any other, .* 8/255 may be meant"),
         ({"eps": [float("nan")]}, r"eps: \[nan\] is wrong"),
+        ({"eps": ["2/255", "two"]}, r"eps: \['2/255', 'two'\] is wrong; expected numbers"),
+        ({"device": "gpu"}, "device gpu: is wrong; allowed: auto, cpu, cuda, cuda:N"),
+        ({"class_pixels": [1, 2, 3, -1]}, "class_pixels: -1 is wrong; expected 0 or more of each class"),
+        ({"classes": "road"}, "classes: 'road' is wrong; expected the name of each class"),
         ({"eps": 8 / 255}, r"eps: 0.03.* expected several numbers, such as \[0.03"),
         ({"attacks": [{"name": "pgdd"}]}, "attacks.0.name: \"pgdd\" is unknown; .* did you mean 'pgd'"),
         ({"attacks": [{"name": "pgd", "step": 2}]}, "attacks.0.step: unknown key of pgd; .*'steps'"),
@@ -324,6 +328,17 @@ def test_settings_that_do_not_fit_are_refused_first(tmp_path, keys, told):
     with pytest.raises(UserError, match=told):
         evaluate(toy.Net(0), loader(), "none", folder=tmp_path / "new", **keys, log=str)
     assert not (tmp_path / "new").exists()
+
+
+def test_weights_in_other_than_float32_are_refused_first():
+    with pytest.raises(UserError, match="model: has weights in float16; robustness needs float32"):
+        evaluate(toy.Net(0).half(), loader(), "none", log=str)
+
+
+def test_radii_may_be_written_as_in_yaml():
+    run = {"attacks": FGSM, "checks": False, "log": str}
+    found = [evaluate(toy.Net(0), loader(), "none", eps=eps, **run).rows for eps in (["2/255"], [2 / 255])]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

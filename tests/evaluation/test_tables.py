@@ -172,6 +172,11 @@ def test_mean_and_spread_over_seeds(tmp_path, capsys):
     assert "| moe | 60.00 ± 10.00 (50.00 .. 70.00) | 60.00 ± 0.00 (60.00 .. 60.00) |" in text
     assert "| router | - |" in text and "| model | mIoU all | mIoU_common all |" in text
     assert "Not in every run: old." in text
+    matrix_file(tmp_path / "again", {"moe": (0.7, 0.6), "router": (0.3, 0.1)})
+    with pytest.raises(
+        UserError, match=r"again/matrix\.csv: says the same as .*c/matrix\.csv, byte for byte"
+    ):
+        summary([tmp_path / name for name in ("a", "c", "again")])
     assert main([str(tmp_path / "a"), str(tmp_path / "c")]) == 0
     assert "2 runs" in capsys.readouterr().out
 

@@ -67,7 +67,9 @@ def test_the_truth_is_confirmed(honest):
     assert verdict.units == len(units) == 3 * 3 * (1 + 2 * 3)
     assert verdict.images == sum(len(records) for records in read_units(honest / "ledger").values())
     assert "every pixel count is the recorded one" in verdict.lines()[0]
-    assert verdict.lines()[-2].startswith("not checked: honesty checks that run the networks (the submission has")
+    assert verdict.lines()[-2].startswith(
+        "not checked: honesty checks that run the networks (the submission has"
+    )
     assert checked(honest, checks=True).lines()[-2].startswith("not checked: losses and gradients")
     assert verdict.lines()[-1] == "verified, but for the attacks: none was run again (--rerun N)"
 

@@ -395,7 +395,9 @@ def test_an_evaluation_of_robust_networks_alone_has_a_ladder_of_its_own(trained,
     robust = {"robust_day": str(trained.run("robust_day"))}
     both = {**robust, "night": str(trained.run("night"))}
     assert ladder(robust) == [2 / 255, 4 / 255, 8 / 255]
-    assert capsys.readouterr().out.startswith("evaluate.eps: 2/255, 4/255, 8/255, as all networks were trained")
+    assert capsys.readouterr().out.startswith(
+        "evaluate.eps: 2/255, 4/255, 8/255, as all networks were trained"
+    )
     assert max(ladder(both)) == 2 / 255
     assert "note: robust_day were trained on attacked images, other networks" in capsys.readouterr().out
     assert ladder(robust, eps=[0.5 / 255]) == [0.5 / 255] and max(ladder({"night": both["night"]})) == 2 / 255

@@ -331,6 +331,8 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ),
         ({"eps": 8}, "train.eps: 8 lets every pixel become any other.* 8/255 may be meant"),
         ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
+        ({"method": "trades", "beta": 0}, "train.beta: 0 leaves the attacked images without weight"),
+        ({"beta": 0.0}, "train.beta: 0 leaves the attacked images without weight"),
         ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
         ({"method": "standard", "eps": None, "steps": 4}, "train.steps: has no effect with method: standard"),
         (

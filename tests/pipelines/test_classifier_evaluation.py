@@ -340,6 +340,8 @@ def test_models_that_are_none_are_refused(bench):
     guest = {"name": "external", "file": str(bench.guest), "function": "seven"}
     told = refused({"guest": guest})
     assert told.endswith("my_net.py:seven gave [1, 7] float32, expected logits [1, 10] in floating point")
+    told = refused({"guest": {**guest, "function": "nope"}})
+    assert told == f"models.guest.function: {bench.guest} has no function nope"
 
 
 def test_networks_of_others_are_models_and_their_routers_are_known(bench):

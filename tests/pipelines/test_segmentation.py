@@ -1,13 +1,17 @@
 """Training and evaluating through the pipeline: what is refused, what stays untouched, what the tables say."""
 
 import json
+import shutil
 
+import cv2
+import numpy
 import pandas
 import pytest
 import torch
 
 from engine.checkpoints import load_metadata, load_weights, save_weights, tensors_sha256
 from engine.config import UserError
+from networks import NETWORKS
 from pipelines.models import load_gate, load_network
 
 
@@ -188,6 +192,47 @@ def test_dry_run_tells_sizes_and_writes_nothing(workshop, capsys):
     told = capsys.readouterr().out
     assert "1x256x2x3" in told and "1x3x32x48" in told and "trains on 16 (gate)" in told
     assert not workshop.run("dry").exists()
+
+
+def test_frames_that_are_refused_leave_no_run_folder(workshop, tmp_path):
+    root = shutil.copytree(workshop.data, tmp_path / "data")
+    label = root / "labels" / "day_train_0.png"
+    cv2.imwrite(str(label), numpy.full((24, 40), 77, numpy.uint8))
+    config = workshop.expert("broken_label", ["day"])
+    config["data"] = {**config["data"], "root": str(root), "cache_dir": str(tmp_path / "cache")}
+    with pytest.raises(UserError, match="day_train_0.png: label value 77"):
+        workshop.train(config)
+    assert not workshop.run("broken_label").exists()
+
+
+class Bare(torch.nn.Module):
+    """What CONTRIBUTING.md asks of a network, and no more. step: pixels of a logit."""
+
+    stride, feature_channels = 1, 4
+
+    def __init__(self, num_classes: int, *, step: int = 1):
+        super().__init__()
+        self.num_classes, self.step = num_classes, step
+        self.body, self.head = torch.nn.Conv2d(3, 4, 3, 1, 1), torch.nn.Conv2d(4, num_classes, 1)
+
+    def forward(self, images):
+        return self.forward_features(images)[0]
+
+    def forward_features(self, images):
+        features = self.body(images)[..., :: self.step, :: self.step]
+        return self.head(features), features
+
+
+def test_a_network_needs_no_more_than_its_table_says(workshop, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "bare", "tests.pipelines.test_segmentation:Bare")
+    config = workshop.expert("bare", ["day"], network={"name": "bare"})
+    workshop.train(config)
+    assert "normalisation" not in load_metadata(workshop.run("bare") / "checkpoints/best.safetensors")
+    config["network"]["step"] = 2
+    with pytest.raises(
+        UserError, match="network.name: bare gives logits 1x3x16x24, expected 1x3x32x48: forward"
+    ):
+        workshop.train(config, dry_run=True)
 
 
 def test_checkpoint_metadata_says_what_it_takes_to_use_it(workshop):

@@ -391,3 +391,11 @@ def test_a_section_that_a_newer_version_added_and_nobody_uses_is_no_change():
     assert module.changes(before, after) == []
     assert module.changes(before, {**after, "config.cache": "auto"}) == ["config.cache is new: auto"]
     assert module.changes({**before, "config.train.ema": 0.9}, after) == ["config.train.ema is gone, was 0.9"]
+
+
+def test_a_pipeline_is_no_stage(folder):
+    change(folder / "pipeline.yaml", "stages.day", {"config": "pipeline.yaml"})
+    with pytest.raises(
+        UserError, match=r"^stages\.day\.config: .*pipeline\.yaml is a pipeline; name the config of"
+    ):
+        module.build_stages(load(folder / "pipeline.yaml"))
