@@ -99,14 +99,15 @@ def count_passes(
     attack: Component,
     kind: Kind,
     num_experts: int,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     conditional: bool = False,
     num_classes: int = CLASSES,
     norm: Norm = "linf",
 ) -> tuple[int, int, int]:
     """(forward passes, backward passes, passes of networks) per image of an attack on a kind of target, counted by
-    running it; of an attack that says itself what it takes at most (`passes_at_most`), that. conditional: as in
-    Target. UserError for settings that are not for so many classes."""
+    running it; of an attack that says itself what it takes at most (`passes_at_most`), that. size: (height, width) of
+    the images, or (channels, height, width). conditional: as in Target. UserError for settings that are not for so many
+    classes."""
     classes = min(num_classes, MOST_CLASSES)
     size = size or (max(classes, CLASSES), 2)  # a row of pixels for each class
     return _count(
@@ -120,7 +121,7 @@ def _count(
     attack: str,
     kind: Kind,
     num_experts: int,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     conditional: bool,
     num_classes: int,
     norm: Norm,
@@ -131,8 +132,9 @@ def _count(
     if told is not None:
         return told(kind, num_experts, conditional, **built.args)
     threat = Threat(1 / 255, norm, seeds=(0,), class_weights=torch.ones(num_classes))
-    images = torch.full((1, 3, *size), 0.5)
-    labels = (torch.arange(size[0]) % num_classes)[None, :, None].expand(1, *size)
+    images = torch.full((1, *size) if len(size) == 3 else (1, 3, *size), 0.5)
+    height, width = size[-2:]
+    labels = (torch.arange(height) % num_classes)[None, :, None].expand(1, height, width)
     model = STAND_INS[kind](num_experts, num_classes)
     found = built.build(model, images, labels, threat)
     networks = model.ran if conditional and kind in ROUTED else found.forwards * num_experts

@@ -155,7 +155,7 @@ def extra_members(
     attacks: Sequence[Component],
     kind: Kind,
     num_experts: int,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     num_classes: int,
     taken: Sequence[Member] = (),
     conditional: bool = False,
@@ -163,8 +163,8 @@ def extra_members(
 ) -> list[Member]:
     """Attacks of a config as further members: adaptive ones that are for a kind of target (see `attacks_for`), common
     ones else; `clean` is there anyway. A second one of a name has its settings in it. size: (height, width) of the
-    images; norm: of the threat, which one from a file has to be made for. UserError for an attack that the target has
-    nothing for, and for a class that it hasn't."""
+    images, or (channels, height, width); norm: of the threat, which one from a file has to be made for. UserError for
+    an attack that the target has nothing for, and for a class that it hasn't."""
     found, names = [], [one.name for one in taken]
     for attack in attacks:
         if attack.name == "clean":
@@ -242,7 +242,7 @@ def member(
     column: str,
     kind: Kind,
     num_experts: int,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     conditional: bool = False,
     num_classes: int = CLASSES,
     norm: Norm = "linf",

@@ -321,7 +321,7 @@ def works_of(
     }  # fmt: skip
     if suite_asked(settings):
         targets = targets_of(rows, settings.pathways)
-        own = members_of(settings, targets, images.size[1:], images.num_classes)
+        own = members_of(settings, targets, images.size, images.num_classes)
         scenes = Scenes(chosen, settings.attack_batch_size)
         deployed = settings.deployment_precision
         setup = Setup(
@@ -365,7 +365,7 @@ def targets_of(models: Mapping[str, Loaded], pathways: bool) -> list[Target]:
 
 
 def members_of(
-    settings: ClassifierEvaluate, targets: Sequence[Target], size: tuple[int, int], num_classes: int
+    settings: ClassifierEvaluate, targets: Sequence[Target], size: tuple[int, int, int], num_classes: int
 ) -> dict[str, list[Member]]:
     """The attacks on each target: a plain network beside mixtures gets restarts for as many network passes as they
     take; a pathway begins once."""

@@ -1,16 +1,17 @@
 """Trains a universal perturbation on a row of an evaluation: python -m pipelines.universal CONFIG ROW FILE.
 
-It sees the training frames of the config, is chosen on its val frames, and never reads a test frame. The file is
+It sees the training images of the config, is chosen on its val images, and never reads a test image. The file is
 applied, to any row of any evaluation at that image size, by evaluate.attacks=[{name: universal, file: FILE}].
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,34 +20,38 @@ from attacks.threat import Threat
 from attacks.universal import Universal, shuffled, train_universal
 from dataloaders.cache import FrameCache, open_cache
 from dataloaders.frames import FrameIndex
+from dataloaders.image_set import ImageSplit
 from engine.checkpoints import atomic_write
 from engine.command import run
-from engine.config import Data, Evaluation, Run, UserError, load
+from engine.config import Classification, ClassifierEvaluation, Data, Evaluation, Run, UserError, load
 from engine.devices import pick_device
+from engine.pathways import NO_LABEL
 from engine.schema import boundless
 from engine.steps import under_attack
 from evaluation.formats import percent
-from evaluation.targets import class_weights, exact_float32
+from evaluation.targets import Target, class_weights, exact_float32, target_of
+from pipelines import classifier_evaluation
 from pipelines.matrix import as_evaluation, load_zoo
 from pipelines.robustness import target_of_row
 
 
 @dataclass(frozen=True)
 class Samples(Sequence):
-    """Frames one by one, as attacks take them: image float32 [3, H, W] in [0, 1], label int64 [H, W]."""
+    """`size` images one by one, as attacks take them: image float32 [C, H, W] in [0, 1], label int64 [H, W] or [].
+    read: row -> uint8 [C, H, W] and its label or labels."""
 
-    cache: FrameCache
+    read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+    size: int
     device: torch.device
 
     def __len__(self) -> int:
-        return len(self.cache.frames)
+        return self.size
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         if row >= len(self):
             raise IndexError(row)
-        image, label = (torch.from_numpy(kind[row].copy()) for kind in (self.cache.images, self.cache.labels))
-        image, label = image.to(self.device), label.to(self.device)
-        return (image.permute(2, 0, 1).float() / 255).contiguous(), label.long()
+        image, label = (torch.from_numpy(np.array(one)).to(self.device) for one in self.read(row))
+        return (image.float() / 255).contiguous(), label.long()
 
 
 @dataclass(frozen=True)
@@ -64,23 +69,21 @@ class InOrder:
 
 
 def train_on_row(
-    config: Evaluation, row: str, threat: Threat, *, device: torch.device, frames: int | None = None, **how
+    config: Evaluation | ClassifierEvaluation,
+    row: str,
+    threat: Threat,
+    *,
+    device: torch.device,
+    frames: int | None = None,
+    **how,
 ) -> Universal:
-    """A perturbation of the network behind a row, with what identifies network and frames in its metadata.
+    """A perturbation of the network behind a row, with what identifies network and images in its metadata.
 
     frames: of the training split, evenly spread; None: all. how: what train_universal takes.
     UserError for a row that isn't there."""
-    index = config.data.build()
-    zoo = load_zoo(config, index)
-    known = [one.name for one in zoo.rows(controls=False)]
-    if row not in known:
-        raise UserError(f"row {row!r}: there is none of that name; allowed: {', '.join(known)}")
-    target = target_of_row(zoo, row)
+    prepare = of_classifier if isinstance(config, ClassifierEvaluation) else of_segmentation
+    target, train, val, threat, data = prepare(config, row, threat, device, frames)
     target.model.to(device)
-    train = samples_of(config.data, index, "train", device, frames)
-    val = samples_of(config.data, index, "val", device)
-    weights = class_weights(target.class_pixels or train.cache.class_pixels().tolist()).to(device)
-    threat = Threat(threat.eps, threat.norm, index.ignore_index, class_weights=weights)
     size = config.evaluate.batch_size
     with under_attack(target.model), exact_float32(device):
         return train_universal(
@@ -89,31 +92,75 @@ def train_on_row(
             InOrder(val, size),
             threat,
             source={"row": row, **target.identity},
-            data={
-                "dataset": index.name,
-                "train": len(train),
-                "val": len(val),
-                "subsets": list(config.data.subsets),
-                "resize": config.data.resize,
-                "batch_size": size,
-            },
+            data={**data, "train": len(train), "val": len(val), "batch_size": size},
             on_epoch=tell,
             **how,
         )
 
 
+# Target, samples of train and of val, threat, what is told of the data.
+Prepared = tuple[Target, Samples, Samples, Threat, dict]
+
+
+def of_segmentation(
+    config: Evaluation, row: str, threat: Threat, device: torch.device, count: int | None
+) -> Prepared:
+    index = config.data.build()
+    zoo = load_zoo(config, index)
+    refuse_unknown(row, [one.name for one in zoo.rows(controls=False)])
+    target = target_of_row(zoo, row)
+    train, val = (
+        cache_of(config.data, index, split, most) for split, most in (("train", count), ("val", None))
+    )
+    weights = class_weights(target.class_pixels or train.class_pixels().tolist()).to(device)
+    threat = Threat(threat.eps, threat.norm, index.ignore_index, class_weights=weights)
+    about = {"dataset": index.name, "subsets": list(config.data.subsets), "resize": config.data.resize}
+    return target, of_frames(train, device), of_frames(val, device), threat, about
+
+
+def of_classifier(
+    config: ClassifierEvaluation, row: str, threat: Threat, device: torch.device, count: int | None
+) -> Prepared:
+    images = config.data.build(config.data.cache_dir)
+    refuse_unknown(row, list(config.models))
+    loaded = classifier_evaluation.load(config.models[row], f"models.{row}", images)
+    target = target_of(row, loaded.network, role=loaded.role, **loaded.about)
+    train, val = images.split("train"), images.split("val")
+    chosen = train.take(np.array(spread_evenly(len(train), count)))
+    samples = of_images(chosen, device), of_images(val, device)
+    return target, *samples, Threat(threat.eps, threat.norm, NO_LABEL), {"dataset": images.name}
+
+
+def refuse_unknown(row: str, known: Sequence[str]) -> None:
+    if row not in known:
+        raise UserError(f"row {row!r}: there is none of that name; allowed: {', '.join(known)}")
+
+
 def tell(epoch: int, right: float) -> None:
-    print(f"epoch {epoch}: {percent(right)} % of val's pixels right", flush=True)
+    print(f"epoch {epoch}: {percent(right)} % of val right", flush=True)
 
 
-def samples_of(
-    data: Data, index: FrameIndex, split: str, device: torch.device, count: int | None = None
-) -> Samples:
+def cache_of(data: Data, index: FrameIndex, split: str, count: int | None = None) -> FrameCache:
     """The frames of a split, or `count` of them, evenly spread."""
     frames = index.select(split, data.subsets)
-    if count is not None and count < len(frames):
-        frames = [frames[(2 * place + 1) * len(frames) // (2 * count)] for place in range(count)]
-    return Samples(open_cache(index, frames, data.image_size, data.resize, data.cache_dir), device)
+    frames = [frames[place] for place in spread_evenly(len(frames), count)]
+    return open_cache(index, frames, data.image_size, data.resize, data.cache_dir)
+
+
+def of_frames(cache: FrameCache, device: torch.device) -> Samples:
+    return Samples(
+        lambda row: (cache.images[row].transpose(2, 0, 1), cache.labels[row]), len(cache.frames), device
+    )
+
+
+def of_images(split: ImageSplit, device: torch.device) -> Samples:
+    return Samples(lambda row: (split.images[row], split.labels[row]), len(split), device)
+
+
+def spread_evenly(whole: int, count: int | None) -> list[int]:
+    """`count` of so many places, or all."""
+    count = whole if count is None or count > whole else count
+    return [(2 * place + 1) * whole // (2 * count) for place in range(count)]
 
 
 def check_file(path: Path, overwrite: bool) -> None:
@@ -134,9 +181,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--{mistake}")
     check_file(Path(given.file), given.overwrite)
     config = load(given.config, given.overrides)
-    if isinstance(config, Run):
-        config = as_evaluation(config)
-    if not isinstance(config, Evaluation):
+    if isinstance(config, Run | Classification):
+        config = (as_evaluation if isinstance(config, Run) else classifier_evaluation.as_evaluation)(config)
+    if not isinstance(config, Evaluation | ClassifierEvaluation):
         raise UserError(f"{given.config}: names no row of an evaluation")
     found = train_on_row(
         config,
@@ -155,7 +202,7 @@ def main(argv: Sequence[str]) -> int:
     atomic_write(Path(given.file), found.to_bytes())
     about = found.metadata
     print(
-        f"{given.file}: of epoch {about['chosen_epoch']}, {percent(min(about['accuracy']))} % of val's pixels right, "
+        f"{given.file}: of epoch {about['chosen_epoch']}, {percent(min(about['accuracy']))} % of val right, "
         f"{percent(about['accuracy'][0])} % without it; {about['steps']} steps"
     )
     return 0
@@ -181,7 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipelines.universal", description=__doc__, allow_abbrev=False
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file of an evaluation, or of a run")
+    parser.add_argument(
+        "config", metavar="CONFIG", help="YAML file of an evaluation or of a run; classifiers too"
+    )
     parser.add_argument("row", metavar="ROW", help="the row to train it on, such as baseline")
     parser.add_argument("file", metavar="FILE", help="the .safetensors file to write")
     parser.add_argument(
@@ -190,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--eps", type=number, required=True, help="size of the perturbation, such as 8/255")
     parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
     parser.add_argument("--loss", choices=tuple(LOSSES), default="ce", help="what is raised")
-    parser.add_argument("--epochs", type=count, default=30, help="passes over the training frames")
+    parser.add_argument("--epochs", type=count, default=30, help="passes over the training images")
     parser.add_argument("--inner-steps", type=count, default=1, help="steps on a batch before the next")
     parser.add_argument("--step-size", type=number, help="default: eps / 10")
     parser.add_argument(
@@ -200,7 +249,7 @@ def _parser() -> argparse.ArgumentParser:
         "--random-start", action="store_true", help="begin at a random point of the ball, not at zero"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a FILE that is there")
-    parser.add_argument("--frames", type=count, help="training frames to use, evenly spread; default: all")
+    parser.add_argument("--frames", type=count, help="training images to use, evenly spread; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     return parser

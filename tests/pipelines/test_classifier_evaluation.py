@@ -241,7 +241,7 @@ def test_attacks_that_know_the_router_are_for_mixtures_and_adaptive(bench):
     config = bench.config("x", **{**ATTACKS, "attacks": [{"name": "fgsm"}, {"name": "joint", "steps": 3}]})
     images = config.data.build(config.data.cache_dir)
     models = {name: load(source, name, images) for name, source in config.models.items()}
-    own = members_of(config.evaluate, targets_of(models, True), images.size[1:], images.num_classes)
+    own = members_of(config.evaluate, targets_of(models, True), images.size, images.num_classes)
     columns = {name: {one.name: one.column for one in members} for name, members in own.items()}
     assert columns.pop("moe") == {"fgsm": "common", "joint": "adaptive"}
     assert len(columns) == 3 and all(found == {"fgsm": "common"} for found in columns.values())

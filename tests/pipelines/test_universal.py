@@ -8,9 +8,11 @@ from attacks.universal import load_universal
 from dataloaders.frames import FrameIndex
 from engine.command import run
 from engine.config import UserError, component, load
+from pipelines.classifier_evaluation import evaluate as evaluate_classifiers
+from pipelines.cli import Options
 from pipelines.matrix import load_zoo
 from pipelines.robustness import target_of_row
-from pipelines.universal import main, number, samples_of
+from pipelines.universal import cache_of, main, number, of_frames
 from tests.pipelines.conftest import write_yaml
 from tests.pipelines.test_segmentation import evaluation_of
 
@@ -68,7 +70,7 @@ def test_it_is_applied_to_another_row(trained):
     config, path, _ = trained
     index = load(config).data.build()
     target = target_of_row(load_zoo(load(config), index), "gate")
-    samples = samples_of(load(config).data, index, "test", torch.device("cpu"))
+    samples = of_frames(cache_of(load(config).data, index, "test"), torch.device("cpu"))
     images, labels = (torch.stack(kind) for kind in zip(*samples, strict=True))
     threat = Threat(32 / 255, seeds=tuple(range(len(images))))
     found = component("attacks:ATTACKS", "universal", file=str(path)).build(
@@ -81,15 +83,15 @@ def test_it_is_applied_to_another_row(trained):
 def test_samples_are_the_frames_evenly_spread(trained):
     config = load(trained[0])
     index = config.data.build()
-    every, some = (samples_of(config.data, index, "train", torch.device("cpu"), count) for count in (None, 4))
-    assert (len(every), len(some)) == (16, 4)
-    assert [frame.name for frame in some.cache.frames] == [
-        every.cache.frames[row].name for row in (2, 6, 10, 14)
-    ]
+    every, some = (cache_of(config.data, index, "train", count) for count in (None, 4))
+    assert (len(every.frames), len(some.frames)) == (16, 4)
+    assert [frame.name for frame in some.frames] == [every.frames[row].name for row in (2, 6, 10, 14)]
+    some = of_frames(some, torch.device("cpu"))
+    assert len(some) == 4
     image, label = some[1]
     assert image.shape == (3, 32, 48) and image.dtype == torch.float32 and label.dtype == torch.int64
     assert torch.equal(
-        (image * 255).round().permute(1, 2, 0).byte(), torch.from_numpy(every.cache.images[6].copy())
+        (image * 255).round().permute(1, 2, 0).byte(), torch.from_numpy(every.images[6].copy())
     )
 
 
@@ -139,3 +141,43 @@ def test_one_for_l2_is_taken_there(trained, workshop, tmp_path, capsys):
     asked = {"norm": "l2", "eps": [0.5], "attacks": [{"name": "universal", "file": str(file)}]}
     workshop.evaluate({**evaluation_of(workshop), "name": "of_l2", "evaluate": asked}, dry_run=True)
     assert "network passes" in capsys.readouterr().out
+
+
+NEAREST_MEAN = """
+import torch
+from sklearn.datasets import load_digits
+
+def build(seed):
+    found = load_digits()
+    rows = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))[:500]
+    images, labels = torch.tensor(found.data[rows]).float() / 16, torch.tensor(found.target[rows])
+    means = torch.stack([images[labels == label].mean(0) for label in range(10)])
+    layer = torch.nn.Linear(64, 10)
+    layer.weight.data, layer.bias.data = means, -means.square().sum(1) / 2
+    return torch.nn.Sequential(torch.nn.Flatten(), layer)
+"""
+
+
+def test_one_for_a_classifier_is_applied_to_another(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(NEAREST_MEAN)
+    net = {"name": "external", "file": str(tmp_path / "net.py")}
+    config = {
+        "name": "classifiers",
+        "output": str(tmp_path / "runs"),
+        "data": {"name": "digits", "test_images": 300, "val_images": 100},
+        "models": {name: {**net, "args": {"seed": seed}} for seed, name in enumerate(("mine", "other"))},
+    }
+    path, file = write_yaml(tmp_path / "config.yaml", config), tmp_path / "mine.safetensors"
+    keys = ["--eps=0.2", "--epochs=2", "--device=cpu", "--frames=200"]
+    assert main([str(path), "mine", str(file), *keys]) == 0
+    about = load_universal(file).metadata
+    assert about["data"] == {"dataset": "digits", "train": 200, "val": 100, "batch_size": 256}
+    assert about["source"]["row"] == "mine" and load_universal(file).delta.shape == (1, 8, 8)
+    assert min(about["accuracy"]) < about["accuracy"][0]
+    capsys.readouterr()
+    asked = ["evaluate.attacks=[{name: universal, file: " + str(file) + "}]", "evaluate.eps=[0.2]"]
+    evaluation = load(path, [*asked, "evaluate.attack_images=20", "evaluate.attack_checks=false"])
+    evaluate_classifiers(evaluation, Options(device="cpu"))
+    assert "universal" in (tmp_path / "runs/classifiers/evaluation/test/results.csv").read_text()
+    assert run(main, [str(path), "nobody", str(tmp_path / "x"), "--eps=0.2"]) == 2
+    assert "row 'nobody': there is none of that name; allowed: mine, other" in capsys.readouterr().err
