@@ -30,13 +30,15 @@ class Packed:
         self.files = [Labelled(name, label) for name, label in labelled]
 
     def opened(self):
-        """UserError for one that is cut off: what is read beyond its end would kill the process."""
+        """UserError for one that is cut off: what is read beyond its end would kill the process. (One that `pack` wrote
+        has all of its pages.)"""
         try:
             environment = lmdb().open(str(self.path), subdir=False, readonly=True, lock=False)
         except lmdb().Error as error:
             raise UserError(f"{self.path}: can't be read ({error})") from error
         whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         if self.path.stat().st_size < whole:
+            environment.close()
             raise UserError(f"{self.path}: is cut off; it has {self.path.stat().st_size} bytes of {whole}")
         return environment
 

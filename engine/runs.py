@@ -154,6 +154,14 @@ def check_run_folder(
         )
 
 
+def refuse_cache_inside(cache_dir: str | Path, folder: str | Path) -> None:
+    """UserError for caches in the folder of a run, which --overwrite empties."""
+    if Path(cache_dir).resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(
+            f"data.cache_dir: {cache_dir} lies in the run's own folder {folder}; name another place"
+        )
+
+
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """(dotted key, value before, value now) of all keys that must be equal to resume and are not."""
     return [

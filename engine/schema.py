@@ -402,8 +402,10 @@ class Evaluate(Section):
             mistakes.append(Mistake(("eps",), told))
         elif attacked and data.get("adversarials") == "uint8":
             if eps is None:
-                least = min(cls.model_fields["eps"].default)
-                mistakes.append(Mistake(("eps",), f"missing; of those that stand for it {motionless(least)}"))
+                told = (
+                    "missing; adversarials: uint8 needs eps from 1/255 on, what stands for it may be smaller"
+                )
+                mistakes.append(Mistake(("eps",), told))
             numbers = [
                 number for number in map(number_or_none, eps if isinstance(eps, list) else ()) if number
             ]

@@ -145,8 +145,10 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode) -> Any:
         line, kind = node.start_mark.line, node.tag.removeprefix(_PREFIX)
-        if kind == "int" and len(node.value.lstrip("+-")) > DIGITS:
-            self.problem(line, f"{node.value[:DIGITS]}... has {len(node.value)} digits; allowed: {DIGITS}")
+        digits = len(node.value.lstrip("+-"))
+        if kind == "int" and digits > DIGITS:
+            told = f"{node.value[:DIGITS]}... has {digits} digits; allowed: {DIGITS}, or text in quotes"
+            self.problem(line, told)
             return 1  # any number will do, so that the same mistake is not told twice
         if kind in _SCALARS and re.fullmatch(_SCALARS[kind][0], node.value):
             return _SCALARS[kind][2](node.value)

@@ -93,10 +93,14 @@ def evaluate(
     eps = LINF_EPS if eps is None else eps
     if isinstance(eps, int | float | str):
         raise UserError(f"eps: {eps!r} is wrong; expected several numbers, such as [{eps}]")
+    eps = list(eps)
     radii = [number_or_none(one) if isinstance(one, str) else one for one in eps]
     if None in radii:
-        raise UserError(f"eps: {list(eps)} is wrong; expected numbers, such as [2/255]")
-    device = pick_device(str(device))
+        raise UserError(f"eps: {eps} is wrong; expected numbers, such as [2/255]")
+    try:
+        device = pick_device(str(device))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--")) from None
     refuse_other_weights(model)
     batches = loader if iter(loader) is not loader else list(loader)
     first = checked(batches, ignore_index, blocks)
@@ -144,9 +148,11 @@ def evaluate(
 
 
 def refuse_other_weights(model: Callable[[Tensor], Tensor]) -> None:
-    """UserError for a model whose weights are not in float32: attacks need it, and so do their figures."""
+    """UserError for a model with weights of less than float32: attacks need it, and so do their figures."""
     kinds = {one.dtype for one in model.parameters()} if isinstance(model, nn.Module) else set()
-    for kind in kinds - {torch.float32}:
+    for kind in kinds:
+        if not kind.is_floating_point or torch.finfo(kind).bits >= 32:
+            continue
         name = str(kind).removeprefix("torch.")
         told = "robustness needs float32: model.float(), and deployment_precision for what it is used in"
         raise UserError(f"model: has weights in {name}; {told}")

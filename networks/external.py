@@ -232,5 +232,7 @@ def told_with_line(file: Path, images: torch.Tensor | None = None) -> Iterator[N
     except Exception as error:
         own = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         line = f", line {own[-1].lineno}" if own else ""
-        given = "" if images is None else f" (images {list(images.shape)})"
-        raise UserError(f"network.file: {file}{line}: {type(error).__name__}: {error}{given}") from error
+        told = f"{file}{line}: {type(error).__name__}: {error}"
+        if images is None:
+            raise UserError(f"network.file: {told}") from error
+        raise UserError(f"{told} (images {list(images.shape)})") from error

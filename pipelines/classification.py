@@ -17,7 +17,7 @@ from engine.learner import Learner, Result
 from engine.loop import fit, optimizer_steps
 from engine.pathways import Inputs, RouterPhase, adversary_of, balanced, classified
 from engine.randomness import random_state, seed_everything
-from engine.runs import RunFolder, check_run_folder
+from engine.runs import RunFolder, check_run_folder, refuse_cache_inside
 from engine.steps import Phase, evaluating
 from networks.complexity import parameters
 from pipelines.classifier_costs import describe_costs, without_pruned
@@ -32,6 +32,7 @@ def train(config: Classification, options) -> list[Result] | None:
     """Train the classifier that the config describes; its run folder is filled."""
     device = pick_device(options.device)
     flags = {"resume": options.resume, "overwrite": options.overwrite}
+    refuse_cache_inside(config.data.cache_dir, folder_of(config))
     if not options.dry_run:
         check_run_folder(folder_of(config), config.resolved(), **flags)
     images = config.data.build(config.data.cache_dir)

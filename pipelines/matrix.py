@@ -227,4 +227,6 @@ def as_evaluation(config: Run) -> Evaluation:
         alone = len(config.data.subsets) == 1 and config.data.subsets != ["all"]
         models = {"experts" if alone else "baselines": {row: folder}}
     shared = {key: whole[key] for key in ("name", "output", "data", "evaluate")}
+    if "eps" not in config.evaluate.model_fields_set:
+        del shared["evaluate"]["eps"]  # what stands for it depends on the networks
     return from_dict({**shared, **models}, "evaluation", origin=config.name)

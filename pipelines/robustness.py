@@ -47,13 +47,15 @@ def is_asked(settings: Evaluate) -> bool:
 
 
 def with_ladder(config: Evaluation, zoo: Zoo) -> Evaluation:
-    """A config that names no eps attacks more strongly where all networks were trained on attacked images."""
+    """A config that names no eps attacks more strongly where all networks were trained on attacked images (gates over
+    such experts may be clean)."""
     settings = config.evaluate
-    robust = [name for name, one in zoo.networks.items() if is_robust(one)]
+    gates = {name: trained for name, (trained, _) in zoo.gates.items()}
+    robust = [name for name, one in {**zoo.networks, **gates}.items() if is_robust(one)]
     if not (robust and is_asked(settings) and settings.norm == "linf") or "eps" in settings.model_fields_set:
         return config
     stronger = ", ".join(map(eps_text, ROBUST_EPS))
-    if len(robust) < len(zoo.networks):
+    if not all(map(is_robust, zoo.networks.values())):
         print(
             f"note: {', '.join(robust)} were trained on attacked images, other networks here were not: evaluate.eps is "
             f"{', '.join(map(eps_text, settings.eps))}; name [{stronger}] to tell more of the former"

@@ -22,7 +22,7 @@ from engine.devices import pick_device
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
 from engine.randomness import random_state, seed_everything
-from engine.runs import RunFolder, check_run_folder
+from engine.runs import RunFolder, check_run_folder, refuse_cache_inside
 from engine.steps import Phase
 from metrics import METRICS
 from metrics.confusion import confusion
@@ -53,8 +53,9 @@ def train(config: Run, options) -> list[Result] | None:
     device = pick_device(options.device)
     flags = {"resume": options.resume, "overwrite": options.overwrite}
     runs = runs_in(config)
-    if not options.dry_run:
-        for run in runs:
+    for run in runs:
+        refuse_cache_inside(config.data.cache_dir, folder_of(run))
+        if not options.dry_run:
             check_run_folder(folder_of(run), run.resolved(), **flags)
     index = config.data.build()
     frames = index.select(training_split(config), config.data.subsets)
@@ -64,6 +65,8 @@ def train(config: Run, options) -> list[Result] | None:
     experts = load_experts(config, index)
     models, states = zip(*(build(run, experts, index) for run in runs), strict=True)
     refuse_bad_recipe(config, runs, models, len(frames))
+    for run, model in zip(runs, models, strict=True):
+        shapes_of(run, model, index.num_classes)
     if options.dry_run:
         for run, model in zip(runs, models, strict=True):
             print(describe(run, index, model, frames, held_out))
@@ -368,18 +371,7 @@ def describe(
     title = f"gate {config.gate.name}" if config.gate else config.network.name
     if config.shared_encoder:
         title += f" on {len(model.decoders)} decoders of one {config.network.name} encoder"
-    shadow, images = deepcopy(model).to("meta").eval(), torch.empty(1, 3, *size, device="meta")
-    if config.gate:
-        inspection = shadow.inspect(images)
-        features, logits = inspection.features, inspection.logits
-    else:
-        features, logits = [shadow.forward_features(images)[1]], shadow(images)
-    expected = torch.Size((1, index.num_classes, *size))
-    if logits.shape != expected:
-        raise UserError(
-            f"network.name: {config.network.name} gives logits {shape_text(logits)}, expected "
-            f"{'x'.join(map(str, expected))}: forward has to bring them to the size of the images"
-        )
+    features, logits = shapes_of(config, model, index.num_classes)
     lines = [
         f"{config.name}: {title}",
         f"parameters: {total:,} ({trained:,} trained)",
@@ -391,6 +383,23 @@ def describe(
         f"trains on {len(frames)} ({training_split(config)}), validates on {len(held_out)}",
     ]
     return "\n".join(lines)
+
+
+def shapes_of(config: Run, model: nn.Module, num_classes: int) -> tuple[list[Tensor], Tensor]:
+    """Features and logits of an image, without their values. UserError for logits that are not of its size."""
+    shadow = deepcopy(model).to("meta").eval()
+    images = torch.empty(1, 3, *config.data.image_size, device="meta")
+    if config.gate:
+        inspection = shadow.inspect(images)
+        return inspection.features, inspection.logits
+    features, logits = [shadow.forward_features(images)[1]], shadow(images)
+    expected = (1, num_classes, *config.data.image_size)
+    if tuple(logits.shape) != expected:
+        raise UserError(
+            f"network.name: {config.network.name} gives logits {shape_text(logits)} for one image, expected "
+            f"{'x'.join(map(str, expected))}, a channel for each class in the size of the image"
+        )
+    return features, logits
 
 
 def shape_text(tensor: torch.Tensor) -> str:

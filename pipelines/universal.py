@@ -121,6 +121,7 @@ def of_segmentation(
 def of_classifier(
     config: ClassifierEvaluation, row: str, threat: Threat, device: torch.device, count: int | None
 ) -> Prepared:
+    """Without class weights: those are for label maps."""
     images = config.data.build(config.data.cache_dir)
     refuse_unknown(row, list(config.models))
     loaded = classifier_evaluation.load(config.models[row], f"models.{row}", images)
@@ -183,6 +184,8 @@ def main(argv: Sequence[str]) -> int:
     config = load(given.config, given.overrides)
     if isinstance(config, Run | Classification):
         config = (as_evaluation if isinstance(config, Run) else classifier_evaluation.as_evaluation)(config)
+    if isinstance(config, ClassifierEvaluation) and given.loss.startswith("balanced"):
+        raise UserError(f"--loss {given.loss}: weighs classes by their pixels; it is for label maps")
     if not isinstance(config, Evaluation | ClassifierEvaluation):
         raise UserError(f"{given.config}: names no row of an evaluation")
     found = train_on_row(

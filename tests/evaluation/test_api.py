@@ -314,7 +314,7 @@ def test_batches_that_cannot_be_attacked_are_refused_first(tmp_path, batches, to
         ({"eps": [8]}, "eps: 8 lets every pixel become any other, .* 8/255 may be meant"),
         ({"eps": [float("nan")]}, r"eps: \[nan\] is wrong"),
         ({"eps": ["2/255", "two"]}, r"eps: \['2/255', 'two'\] is wrong; expected numbers"),
-        ({"device": "gpu"}, "device gpu: is wrong; allowed: auto, cpu, cuda, cuda:N"),
+        ({"device": "gpu"}, "^device gpu: is wrong; allowed: auto, cpu, cuda, cuda:N"),
         ({"class_pixels": [1, 2, 3, -1]}, "class_pixels: -1 is wrong; expected 0 or more of each class"),
         ({"classes": "road"}, "classes: 'road' is wrong; expected the name of each class"),
         ({"eps": 8 / 255}, r"eps: 0.03.* expected several numbers, such as \[0.03"),
@@ -333,6 +333,9 @@ def test_settings_that_do_not_fit_are_refused_first(tmp_path, keys, told):
 def test_weights_in_other_than_float32_are_refused_first():
     with pytest.raises(UserError, match="model: has weights in float16; robustness needs float32"):
         evaluate(toy.Net(0).half(), loader(), "none", log=str)
+    counting = toy.Net(0)
+    counting.places = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    evaluate(counting, loader(), "none", attacks=FGSM, eps=iter([1 / 255]), checks=False, log=str)
 
 
 def test_radii_may_be_written_as_in_yaml():

@@ -15,7 +15,7 @@ from engine.steps import Phase, compute_gradients, under_attack
 from metrics.confusion import confusion
 from pipelines import segmentation, stages
 from pipelines.gates import gate_loss, loss_of_images
-from pipelines.matrix import load_zoo
+from pipelines.matrix import as_evaluation, load_zoo
 from pipelines.models import load_gate, load_network, stored_network
 from pipelines.robust_validation import attacked_confusion, climbed
 from pipelines.robustness import with_ladder
@@ -387,18 +387,30 @@ def test_the_attack_and_the_weights_that_a_stage_starts_from_are_part_of_its_key
 
 
 def test_an_evaluation_of_robust_networks_alone_has_a_ladder_of_its_own(trained, capsys):
-    def ladder(experts, **settings):
-        config = evaluation_of(trained, experts=experts, baselines={}, gates={}, ensembles=[])
+    def ladder(experts, gates=None, **settings):
+        config = evaluation_of(trained, experts=experts, baselines={}, gates=gates or {}, ensembles=[])
         config = trained.load({**config, "evaluate": {"suite": "quick", **settings}})
         return with_ladder(config, load_zoo(config, config.data.build())).evaluate.eps
 
     robust = {"robust_day": str(trained.run("robust_day"))}
     both = {**robust, "night": str(trained.run("night"))}
+    both_clean = {name: str(trained.run(name)) for name in ("day", "night")}
+    gates = {"robust": str(trained.run("robust_gates") / "simple")}
     assert ladder(robust) == [2 / 255, 4 / 255, 8 / 255]
     assert capsys.readouterr().out.startswith(
         "evaluate.eps: 2/255, 4/255, 8/255, as all networks were trained"
     )
     assert max(ladder(both)) == 2 / 255
     assert "note: robust_day were trained on attacked images, other networks" in capsys.readouterr().out
+    assert max(ladder({"day": both_clean["day"], "night": both_clean["night"]}, gates=gates)) == 2 / 255
+    assert "note: robust were trained on attacked images" in capsys.readouterr().out
     assert ladder(robust, eps=[0.5 / 255]) == [0.5 / 255] and max(ladder({"night": both["night"]})) == 2 / 255
     assert max(ladder(robust, suite="none")) == 2 / 255 and capsys.readouterr().out == ""
+    run = {**trained.expert("joined", ["day"]), "ensemble": {"type": "mean"}, "evaluate": {"suite": "quick"}}
+    run["experts"] = {"a": robust["robust_day"], "b": robust["robust_day"]}
+    joined = as_evaluation(trained.load({key: run[key] for key in run if key not in ("network", "train")}))
+    assert with_ladder(joined, load_zoo(joined, joined.data.build())).evaluate.eps == [
+        2 / 255,
+        4 / 255,
+        8 / 255,
+    ]

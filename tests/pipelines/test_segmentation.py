@@ -205,6 +205,15 @@ def test_frames_that_are_refused_leave_no_run_folder(workshop, tmp_path):
     assert not workshop.run("broken_label").exists()
 
 
+def test_caches_in_the_folder_of_a_run_are_refused(workshop):
+    config = workshop.expert("cached", ["day"])
+    inside = workshop.run("cached") / "cache"
+    for dry in (True, False):
+        with pytest.raises(UserError, match="data.cache_dir: .* lies in the run's own folder .*cached; name"):
+            workshop.train({**config, "data": {**config["data"], "cache_dir": str(inside)}}, dry_run=dry)
+    assert not workshop.run("cached").exists()
+
+
 class Bare(torch.nn.Module):
     """What CONTRIBUTING.md asks of a network, and no more. step: pixels of a logit."""
 
@@ -229,10 +238,12 @@ def test_a_network_needs_no_more_than_its_table_says(workshop, monkeypatch):
     workshop.train(config)
     assert "normalisation" not in load_metadata(workshop.run("bare") / "checkpoints/best.safetensors")
     config["network"]["step"] = 2
-    with pytest.raises(
-        UserError, match="network.name: bare gives logits 1x3x16x24, expected 1x3x32x48: forward"
-    ):
-        workshop.train(config, dry_run=True)
+    for dry in (True, False):
+        with pytest.raises(
+            UserError, match="bare gives logits 1x3x16x24 for one image, expected 1x3x32x48, a"
+        ):
+            workshop.train({**config, "name": "coarse"}, dry_run=dry)
+    assert not workshop.run("coarse").exists()
 
 
 def test_checkpoint_metadata_says_what_it_takes_to_use_it(workshop):

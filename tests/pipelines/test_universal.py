@@ -181,3 +181,8 @@ def test_one_for_a_classifier_is_applied_to_another(tmp_path, capsys):
     assert "universal" in (tmp_path / "runs/classifiers/evaluation/test/results.csv").read_text()
     assert run(main, [str(path), "nobody", str(tmp_path / "x"), "--eps=0.2"]) == 2
     assert "row 'nobody': there is none of that name; allowed: mine, other" in capsys.readouterr().err
+    assert run(main, [str(path), "mine", str(tmp_path / "x"), "--eps=0.2", "--loss=balanced_masked_ce"]) == 2
+    assert (
+        "--loss balanced_masked_ce: weighs classes by their pixels; it is for label maps"
+        in capsys.readouterr().err
+    )
