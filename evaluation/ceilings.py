@@ -64,8 +64,9 @@ def best_gate_simple(pixels: ExpertPixels, labels: Tensor) -> Tensor:
     Two experts only. The label has to beat every other class strictly; for each class that bounds w from one
     side, so that the pixel can be won if the bounds leave an open interval. One-hot and equal weights are
     judged by their argmax itself, ties included, so no expert, oracle_expert or mean ensemble is above this
-    row. Elsewhere the mean ensemble's answer stands. Bounds every gate that mixes logits with K = 1 and no
-    convolution; not one that mixes probabilities or adds a convolution.
+    row. Elsewhere the mean ensemble's answer stands. Bounds every gate that mixes logits with one weight per image
+    and no convolution; not one that mixes probabilities, adds a convolution, or is spatial (it mixes before
+    upsampling, with other weights at the neighbouring places).
     """
     first, second = pixels.logits.unbind(dim=1)
     index = _as_index(labels)
@@ -84,7 +85,8 @@ def best_gate_classwise(pixels: ExpertPixels, labels: Tensor) -> Tensor:
     """The label where some weights per expert and class make it win, pixel by pixel; any number of experts.
 
     That is where its largest logit over the experts exceeds every other class's smallest one (strictly).
-    Else as best_gate_simple; bounds every gate that mixes logits without a convolution.
+    Else as best_gate_simple; bounds gates that mix logits, not calibrated ones, with a weight per image and class, and
+    no convolution.
     """
     index = _as_index(labels)
     label = pixels.logits.amax(dim=1).gather(1, index)[:, 0]

@@ -77,8 +77,9 @@ def regret(results: Results, gate: str, subset: str) -> dict[str, float]:
     """By how much the best gate of its kind (simple or class-wise) over the same experts is better: aacc (pixel
     accuracy) and miou (over the classes with ground truth), in [-1, 1]; empty where there is no such row.
 
-    The best gate bounds the pixel accuracy of gates that mix logits without a convolution; with one, the regret
-    may be negative."""
+    The best gate bounds the pixel accuracy of gates whose weights are for whole images and mix the experts' own logits,
+    without a convolution. The regret of others (spatial, calibrated and class-wise, mix: log_probs or probs, with a
+    convolution) may be negative."""
     ceiling = best_gate_of(results.weights[gate].shape[2])
     if ceiling not in results.by_name or set(results.row(ceiling).experts) != set(results.row(gate).experts):
         return {}

@@ -204,6 +204,8 @@ def refuse_bad_recipe(config: Run, runs: Sequence[Run], models: Sequence[nn.Modu
     settings = config.train
     refuse_large_batch(frames, settings.batch_size)
     steps = optimizer_steps(range(steps_of(frames, settings.batch_size)), settings)
+    if config.shared_encoder and config.shared_encoder.training == "separate":
+        shared_encoder.refuse_lone_images(models[0], config.network.name, config.data.image_size)
     for run, model in zip(runs, models, strict=True):
         phases_of(run, model, settings.loss.build, steps)  # no loss is called here
         if (

@@ -1,6 +1,7 @@
 """Mixtures with a shared encoder: from configs and checkpoints, and their losses in separate and joint training."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoints import tensors_sha256
-from engine.config import Component, Gate, Run
+from engine.config import Component, Gate, Run, UserError
 from engine.loop import images_of, supervised
 from engine.steps import PhaseLoss, evaluating
 from networks.complexity import parameters
@@ -118,6 +119,18 @@ def settled_outputs(mixture: SharedEncoderMixture, images: Tensor) -> ExpertOutp
     """What the decoders say in evaluation mode, without gradients but to images that ask for one."""
     with evaluating(mixture.encoder, mixture.decoders), torch.set_grad_enabled(images.requires_grad):
         return mixture.run_experts(images)
+
+
+def refuse_lone_images(mixture: SharedEncoderMixture, name: str, size: tuple[int, int]) -> None:
+    """UserError for a network whose decoder can't be trained on one image: a batch may hold one of a subset."""
+    shadow, each = deepcopy(mixture).to("meta").train(), range(len(mixture.decoders))
+    try:
+        shadow.forward_own(torch.empty(len(each), 3, *size, device="meta"), list(each))
+    except UserError as error:
+        raise UserError(
+            f"shared_encoder.training: separate gives each decoder the images of its own subset, of which a batch may "
+            f"hold one alone, and {name} can't be trained so; take training: joint, or another network ({error})"
+        ) from error
 
 
 def own_images(mixture: SharedEncoderMixture) -> Callable:

@@ -1,5 +1,6 @@
 """What the numbers of an evaluation say, in sentences. Every number and every verdict is computed."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,8 @@ def home_and_abroad(results: Results, subsets: Sequence[str]) -> list[Statement]
             at_home = results.miou_common(expert, subset, subsets)
             rival = max(others, key=lambda name: results.miou_common(name, subset, subsets))
             abroad = results.miou_common(rival, subset, subsets)
+            if math.isnan(at_home) or math.isnan(abroad):
+                continue  # no class is true in all subsets
             found.append(
                 Statement(
                     f"On {subset} the {expert} expert is {_distance(at_home - abroad)} the {rival} expert.",
@@ -97,10 +100,10 @@ def regret_of_chosen(results: Results, subsets: Sequence[str]) -> list[Statement
     best = results.miou_gt_only(best_gate_of(results.weights[gate].shape[2]), subset)
     return [
         Statement(
-            f"A perfect gate of its kind would reach {100 * best:.2f} mIoU on {subset} over the same classes: "
+            f"The best weights for whole images would reach {100 * best:.2f} mIoU on {subset} over the same classes: "
             f"a regret of {100 * distance['miou']:.2f} points.",
-            f"In pixel accuracy {100 * distance['aacc']:.2f} points. Perfect means told the label of every pixel; "
-            "it bounds gates without a convolution.",
+            f"In pixel accuracy {100 * distance['aacc']:.2f} points. Best means told the label of every pixel; no gate "
+            "that weighs plain logits image by image, without a convolution, has more pixels right.",
         )
     ]
 

@@ -145,6 +145,17 @@ def test_the_gate_learns_from_what_the_decoders_say_in_evaluation_mode():
     )
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_decoders_that_cannot_be_trained_on_one_image_are_refused_first(workshop, dry):
+    network = {"name": "smp", "architecture": "UPerNet", "backbone": "mobilenet_v2", "pretrained": "none"}
+    config = {**config_of(workshop, "lone", "separate"), "network": network}
+    with pytest.raises(
+        UserError, match="shared_encoder.training: separate .* smp can't be trained so; take .*UPerNet"
+    ):
+        workshop.train(config, dry_run=dry)
+    assert not workshop.run("lone").exists()
+
+
 def test_modes_are_restored_one_by_one():
     mixture = mixture_of().train()
     mixture.decoders[0].eval()

@@ -28,6 +28,12 @@ def test_experts_are_compared_at_home(results_of):
     assert lines[1] == f"On urban the urban expert is {margin} above the highway expert."
 
 
+def test_experts_are_not_compared_without_classes_in_common(results_of):
+    results = results_of()
+    lines = headlines(replace(results, truth=np.zeros_like(results.truth)))
+    assert not any("nan" in line or " expert is " in line for line in lines)
+
+
 def test_only_experts_from_elsewhere_are_rivals(results_of):
     results = results_of(experts=("highway", "urban", "fog"))
     wider = [replace(row, home=("urban", "fog")) if row.name == "fog" else row for row in results.rows]
@@ -95,7 +101,9 @@ def about(results, start, columns=COLUMNS):
 
 
 def test_regret_is_told_in_pixel_accuracy_too(results_of):
-    assert about(results_of(gate=0.85), "A perfect gate").detail.startswith("In pixel accuracy 10.00 points.")
+    assert about(results_of(gate=0.85), "The best weights").detail.startswith(
+        "In pixel accuracy 10.00 points."
+    )
 
 
 def test_what_the_gate_makes_of_disagreement(results_of):
