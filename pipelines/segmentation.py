@@ -66,7 +66,8 @@ def train(config: Run, options) -> list[Result] | None:
     models, states = zip(*(build(run, experts, index) for run in runs), strict=True)
     refuse_bad_recipe(config, runs, models, len(frames))
     for run, model in zip(runs, models, strict=True):
-        shapes_of(run, model, index.num_classes)
+        if not run.gate:  # a mixture's logits are brought to the size of its images by itself
+            shapes_of(run, model, index.num_classes)
     if options.dry_run:
         for run, model in zip(runs, models, strict=True):
             print(describe(run, index, model, frames, held_out))
