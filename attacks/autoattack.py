@@ -66,7 +66,7 @@ def autoattack(
 def passes_at_most(
     kind: str,
     num_experts: int,
-    conditional: bool,
+    active: int,
     *,
     version: str = "standard",
     pathway: int | None = None,
@@ -79,7 +79,7 @@ def passes_at_most(
     UserError for a pathway that isn't there."""
     if pathway is not None:
         refuse_other_pathways(pathway, num_experts if kind in ("soft", "hard") else 0)
-    networks = 1 if conditional and (kind == "hard" or pathway is not None) else num_experts
+    networks = (1 if pathway is not None else active) if active else num_experts
     if version == "rand":
         forwards, backwards = 2 * 20 * 101 + 12, 2 * 20 * 101
     else:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from attacks.parts import Climber, PartsSearch, TaskLoss
-from attacks.routed import Inside, look_inside
+from attacks.routed import Inside, look_inside, preferences
 from attacks.search import Found, Trial
 from attacks.threat import Threat, each, is_inside
 from engine.config import NonNegative, PositiveInt, UserError
+
+VERSION = 2  # raised when it finds other images
 
 
 def evade(
@@ -94,18 +96,19 @@ class Evasion(PartsSearch):
 @dataclass(frozen=True)
 class Said:
     """What a network and its parts say of B images, from one pass: its logits [B, K, *S], those of its E experts
-    [B, E, K, *S] (None: it has none), its gate logits [S, B, E, K', h, w] (None: it has no gate)."""
+    [B, E, K, *S] (None: it has none), the preferences of its gate [S, B, E, K', h, w] (see attacks.routed; None: it has
+    no gate)."""
 
     logits: Tensor
     expert_logits: Tensor | None = None
-    gate_logits: Tensor | None = None
+    preferences: Tensor | None = None
 
 
 def listen(model, points: Tensor) -> Said:
     """One pass of a routed model, an ensemble, or any other network."""
     if hasattr(model, "gate_logits"):
         seen = look_inside(model, points)
-        return Said(seen.logits, experts_alone(seen), seen.gate_logits)
+        return Said(seen.logits, experts_alone(seen), preferences(model, seen))
     if hasattr(model, "expert_logits"):
         expert_logits = model.expert_logits(points)
         return Said(model.combine(expert_logits), expert_logits)
@@ -146,11 +149,12 @@ def contradiction(said: Said) -> Tensor:
 
 
 def gate_entropy(said: Said) -> Tensor:
-    """Mean over sites, classes and places of the entropy of softmax(gate logits), over log E."""
-    if said.gate_logits is None:
+    """Mean over sites, classes and places of the entropy of a soft gate's weights, of a hard one's softmax(gate
+    logits), over log E."""
+    if said.preferences is None:
         raise UserError("evade: score gate_entropy is for routed models, and the network has no gate_logits")
-    values = _entropy(said.gate_logits, 2).transpose(0, 1)  # [B, S, K, h, w]
-    return _image_mean(values) / math.log(max(said.gate_logits.shape[2], 2))
+    values = _entropy(said.preferences, 2).transpose(0, 1)  # [B, S, K, h, w]
+    return _image_mean(values) / math.log(max(said.preferences.shape[2], 2))
 
 
 SCORES: dict[str, Callable[[Said], Tensor]] = {

@@ -13,7 +13,7 @@ from attacks.search import Found, Search, Trial, scores
 from attacks.threat import Threat, is_ignored, random_point
 from engine.config import IGNORE, ClassId, Positive, PositiveInt, Probability, UserError
 
-VERSION = 2  # raised when it finds other images
+VERSION = 3  # raised when it finds other images
 FOR_LABEL_MAPS = True  # one label for an image is nothing that could be hidden in it
 
 
@@ -48,7 +48,7 @@ def hide(
         steps: gradient steps of a restart; one more forward pass looks at the last point.
         step_size: in units of pixels; null: 2.5 eps / steps.
         restarts: times that it begins anew.
-        random_start: begin at a random point of the ball, not at the image.
+        random_start: begin at a random point of the ball, not at the image; restarts always do.
         omega: weight of the pixels to hide; the others have 1 - omega.
         confidence: a pixel that is as it is to be with a higher probability than this is let alone.
     """
@@ -66,7 +66,7 @@ def hide(
         return Trial(-aim.loss(logits, omega, confidence), logits)
 
     for restart in range(restarts):
-        start = random_point(images, threat, "hide", restart) if random_start else images
+        start = random_point(images, threat, "hide", restart) if random_start or restart else images
         climb(search, objective, start, steps, step_size)
     found = search.found()
     with torch.no_grad():

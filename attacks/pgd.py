@@ -33,7 +33,7 @@ def pgd(
         steps: gradient steps of a restart; one more forward pass looks at the last point.
         step_size: in units of pixels; null: 2.5 eps / steps.
         restarts: times that it begins anew, unless no image has a correct pixel left.
-        random_start: begin at a random point of the ball, not at the image.
+        random_start: begin at a random point of the ball, not at the image; restarts always do.
         draws: passes that a gradient is averaged over.
     """
     search = Search(model, images, labels, threat)
@@ -41,7 +41,7 @@ def pgd(
     for restart in range(restarts):
         if not search.alive.any():
             break
-        start = random_point(images, threat, "pgd", restart) if random_start else images
+        start = random_point(images, threat, "pgd", restart) if random_start or restart else images
         climb(search, objective, start, steps, step_size, draws)
     return search.found()
 

@@ -331,6 +331,12 @@ def look_inside(model, points: Tensor) -> Inside:
     return Inside(gate_logits, weights, mix, mix(weights))
 
 
+def preferences(model, seen: Inside) -> Tensor:
+    """Logits [S, B, E, K, h, w] whose softmax over the experts are the weights of a soft gate, whatever it made them
+    by (a temperature, the k best); of a hard gate, whose weights tell no more than a winner, its gate logits."""
+    return seen.weights.clamp_min(1e-30).log() if model.routing == "soft" else seen.gate_logits
+
+
 class RoutedSearch(PartsSearch):
     """A search that knows the gate on the clean images: its logits and weights [S, B, E, K, h, w], its decision
     (one-hot, the largest logit) and the spread of its logits over the experts that it doesn't mask,

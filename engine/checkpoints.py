@@ -126,6 +126,15 @@ def file_sha256(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def with_contents(value: Any) -> Any:
+    """Plain values in which each path of a file is replaced by the SHA-256 of what it holds, at any depth."""
+    if isinstance(value, dict):
+        return {key: with_contents(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [with_contents(item) for item in value]
+    return {"sha256": file_sha256(value)} if isinstance(value, str) and os.path.isfile(value) else value
+
+
 def copy_tensors(target: Mapping[str, Tensor], source: Mapping[str, Tensor], origin: object) -> None:
     """Writes source into target's tensors. Raises UserError naming the origin if names or shapes differ."""
     different = sorted(differing(target, source))

@@ -46,7 +46,10 @@ def active_test(
 
     total = int(weak.sum())
     if not total:
-        return finding("note", "no weakness could be implanted: nothing in the ball moves the outputs enough")
+        return finding(
+            "note",
+            "no weakness could be implanted: nothing in the ball moves the outputs enough, or nothing is labelled",
+        )
     broken = {"common": torch.zeros_like(weak), "adaptive": torch.zeros_like(weak)}
     for member in members:
         found = member.attack.build(implanted.target.model, images, labels, threat)
@@ -72,7 +75,7 @@ def active_test(
 @dataclass(frozen=True)
 class Implanted:
     """A target of the same kind whose answers are wrong at `witness` [B, C, H, W], points of the ball; weak bool [B]:
-    the images where that is so, which fails only where nothing moves the outputs."""
+    the images where that is so, which fails only where nothing moves the outputs, or nothing is labelled."""
 
     target: Target
     witness: Tensor
@@ -93,7 +96,8 @@ def implant(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> I
     model = COPIES[kind](target.model, way, SCALE * right, SCALE * right.roll(1, dims=1))
     experts = 2 if kind in ROUTED else target.num_experts
     copy = replace(target, model=model, num_experts=experts)
-    return Implanted(copy, witness, _right(copy, witness, labels, threat) == 0)
+    labelled = ~is_ignored(labels, threat.ignore_index).flatten(1).all(dim=1)
+    return Implanted(copy, witness, labelled & (_right(copy, witness, labels, threat) == 0))
 
 
 def farthest(outputs: Callable[[Tensor], Tensor], start: Tensor, images: Tensor, threat: Threat) -> Tensor:

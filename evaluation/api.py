@@ -13,6 +13,7 @@ from engine.components import Named
 from engine.config import IGNORE, Component, UserError
 from engine.devices import pick_device
 from engine.errors import ConfigError, Mistakes
+from engine.steps import under_attack
 from engine.values import number_or_none
 from evaluation.beside import CERTIFICATES, FINDINGS, write_beside
 from evaluation.certificate import certify_targets
@@ -29,7 +30,7 @@ from evaluation.suites import (
     refuse_for_label_maps,
 )
 from evaluation.target_checks import check_first
-from evaluation.targets import has_tensors, target_of
+from evaluation.targets import target_of
 
 LINF_EPS = (0.5 / 255, 1 / 255, 2 / 255)
 
@@ -72,18 +73,13 @@ def evaluate(
     each class in the training data (None: in the loader), for attacks that weigh classes. blocks: for each image the
     name of its block of similar ones (None: each image for itself). folder: where ledger and tables are kept, so that a
     second call goes on where the first was stopped (None: nowhere); a model without tensors of its own, such as a
-    function, can't be told from another one and needs a new folder each time.
+    function, is told from others by what it says of the first image.
     deployment_precision: bf16 scores the attacked images, which are made in float32, in bf16 as well.
     checks: whether the network itself is looked at on two images as well, some hundred passes: float32 throughout,
     gradients, batches, an implanted weakness that attacks have to find.
 
     UserError, before any attack, for images outside [0, 1], labels of another shape or that the network has no class
-    for, no labelled pixel at all, and a folder that is of another model, or may be."""
-    if folder is not None and not has_tensors(model) and (Path(folder) / "ledger" / "manifest.json").exists():
-        raise UserError(
-            f"{folder}: holds an evaluation already, and a {type(model).__name__} without weights of its own can't be "
-            "told from the model of that one; take a new folder, or give the nn.Module itself"
-        )
+    for, no labelled pixel at all, and a folder that is of another model."""
     if isinstance(classes, str):
         raise UserError(f"classes: {classes!r} is wrong; expected the name of each class")
     if torch.is_inference_mode_enabled():
@@ -91,10 +87,10 @@ def evaluate(
     if eps is None and norm == "l2":
         raise UserError("eps: missing; norm l2 has no radii of its own, such as [0.5, 1, 2]")
     eps = LINF_EPS if eps is None else eps
-    if isinstance(eps, int | float | str):
+    if isinstance(eps, str) or not isinstance(eps, Iterable):
         raise UserError(f"eps: {eps!r} is wrong; expected several numbers, such as [{eps}]")
     eps = list(eps)
-    radii = [number_or_none(one) if isinstance(one, str) else one for one in eps]
+    radii = [number_or_none(one) if isinstance(one, str) else plain_values(one) for one in eps]
     if None in radii:
         raise UserError(f"eps: {eps} is wrong; expected numbers, such as [2/255]")
     try:
@@ -103,21 +99,24 @@ def evaluate(
         raise UserError(str(error).removeprefix("--")) from None
     refuse_other_weights(model)
     batches = loader if iter(loader) is not loader else list(loader)
-    first = checked(batches, ignore_index, blocks)
+    blocks = None if blocks is None else [str(one) for one in plain_values(blocks)]
+    first, sizes = checked(batches, ignore_index, blocks)
     if isinstance(model, nn.Module):
         model.to(device)
     target = target_of(name, model)
     own = members(suite, target.kind, target.num_experts)
-    known = classes_of(model, first[:1].to(device))
+    with under_attack(model):
+        known = classes_of(model, first[:1].to(device))
     classes = list(classes) or [f"class {index}" for index in range(known)]
+    class_pixels = None if class_pixels is None else [int(count) for count in class_pixels]
     if class_pixels is not None and min(class_pixels, default=0) < 0:
         raise UserError(f"class_pixels: {min(class_pixels)} is wrong; expected 0 or more of each class")
     for key, given in (("classes", classes), ("class_pixels", class_pixels)):
         if given is not None and len(given) != known:
             raise UserError(f"{key}: {len(given)} of them, and the model has logits of {known} classes")
-    about = {"image_size": list(first.shape[-2:])}
+    about = {"image_size": list(sizes[0] if len(sizes) == 1 else sizes)}
     setup = Setup(
-        tuple(classes), tuple(radii), suite, norm, seed, ignore_index, about=about,
+        tuple(classes), tuple(radii), suite, norm, int(seed), ignore_index, about=about,
         deployment_precision=deployment_precision,
     )  # fmt: skip
     attacks = [as_component(attack, place) for place, attack in enumerate(attacks)]
@@ -138,7 +137,7 @@ def evaluate(
         place = Path(folder or temporary)
         attack_all(place / "ledger", scenes, [target], {name: own}, setup, device=device, log=log)
         with as_begun(place / "ledger"):
-            found = check_first(next(iter(scenes)), [target], {name: own}, setup, device) if checks else []
+            found = check_first(scenes, [target], {name: own}, setup, device) if checks else []
             certified = certify_targets([target], scenes, setup, device)
         write_beside(place / FINDINGS, found)
         write_beside(place / CERTIFICATES, certified)
@@ -175,11 +174,17 @@ class Scenes:
             yield Scene(images, labels.long(), names, blocks)
 
 
+def plain_values(values: Sequence) -> Sequence:
+    """Of an array or tensor its values as Python has them."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
 def checked(
     batches: Iterable[tuple[Tensor, Tensor]], ignore_index: int, blocks: Sequence[str] | None
-) -> Tensor:
-    """The images of the first batch. UserError for batches that can't be attacked, and blocks of other images."""
-    first, seen, labelled = None, 0, 0
+) -> tuple[Tensor, list[list[int]]]:
+    """The images of the first batch, and every size [H, W] that there is. UserError for batches that can't be
+    attacked, and blocks of other images."""
+    first, seen, labelled, sizes = None, 0, 0, []
     for index, batch in enumerate(batches):
         where = f"loader: batch {index}"
         pair = isinstance(batch, tuple | list) and len(batch) == 2 and all(map(torch.is_tensor, batch))
@@ -200,6 +205,7 @@ def checked(
             told = f"expected whole numbers {expected}, a class for each pixel of the images"
             raise UserError(f"{where}: labels {list(labels.shape)}{kind}, {told}")
         first, seen = images if first is None else first, seen + len(images)
+        sizes += [size for size in [list(images.shape[2:])] if size not in sizes]
         labelled += count_labelled(labels, ignore_index)
     if first is None:
         raise UserError("loader: gives no batch")
@@ -207,7 +213,7 @@ def checked(
         raise UserError(f"loader: no pixel of its {seen} images has a label other than {ignore_index}")
     if blocks is not None and len(blocks) != seen:
         raise UserError(f"blocks: {len(blocks)} names for {seen} images; give the block of each image")
-    return first
+    return first, sizes
 
 
 def as_component(attack: Component | Mapping, place: int) -> Component:
@@ -235,8 +241,14 @@ def classes_of(model: Callable[[Tensor], Tensor], images: Tensor) -> int:
 
 
 def pixels_of(labels: Iterable[Tensor], num_classes: int, ignore_index: int) -> list[int]:
-    """Labelled pixels of each class."""
+    """Labelled pixels of each class. UserError for a label that is none."""
     total = torch.zeros(num_classes, dtype=torch.int64)
-    for one in labels:
-        total += torch.bincount(one[one != ignore_index].flatten().long(), minlength=num_classes)
+    for index, one in enumerate(labels):
+        counted = one[one != ignore_index].long()
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < num_classes:
+            found = f"from {int(counted.min())} to {int(counted.max())}"
+            raise UserError(
+                f"loader: batch {index}: labels {found}, allowed: 0..{num_classes - 1} and {ignore_index}"
+            )
+        total += torch.bincount(counted, minlength=num_classes)
     return total.tolist()

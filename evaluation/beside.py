@@ -4,18 +4,30 @@ The tables of a robust evaluation are made from the ledger and these files, with
 """
 
 import json
+import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from engine.checkpoints import atomic_write
 from engine.config import UserError
 from evaluation.certificate import Certified
 from evaluation.findings import Finding
-from evaluation.ledger import digest, plain
+from evaluation.ledger import Ledger, digest, plain
 
 FINDINGS, CERTIFICATES = "findings.json", "certificates.json"
 TRANSFER, DETECTORS = "transfer.json", "detectors.json"
+
+Keep = Callable[[str, Callable[[], Any]], Any]
+
+
+def keep_nothing(key: str, work: Callable[[], Any]) -> Any:
+    """A Keep that has no file."""
+    return work()
 
 
 @dataclass(frozen=True)
@@ -46,11 +58,29 @@ def write_beside(path: str | Path, rows: Iterable, of: str = "") -> None:
     atomic_write(path, json.dumps({"of": of, "rows": values}, indent=1) + "\n")
 
 
-def once(path: str | Path, source: Mapping, make: Callable[[], Iterable[Mapping]]) -> None:
-    """Writes what `make` gives, unless the file holds what followed from the same source already."""
-    of = digest(source)
-    if not Path(path).exists() or _read(Path(path)).get("of") != of:
-        write_beside(path, make(), of)
+def once(path: str | Path, source: Mapping, make: Callable[[Keep], Iterable[Mapping]], rank: int = 0) -> None:
+    """Writes what `make` gives, unless the file holds what followed from the same source already.
+
+    make(keep) has long work done by keep(key, work): a plain value, on disk as soon as it is there, so that what a
+    killed process had of it is not done again. rank: of this process."""
+    path, of = Path(path), digest(source)
+    if path.exists() and _read(path).get("of") == of:
+        return
+    parts = path.with_suffix(".parts")
+    with ExitStack() as stack:
+
+        @cache
+        def ledger() -> Ledger:
+            return stack.enter_context(Ledger(parts, source, rank=rank, replace=True))
+
+        def keep(key: str, work: Callable[[], Any]) -> Any:
+            unit, started = digest([of, key]), time.monotonic()
+            if unit not in ledger():
+                ledger().add(unit, [{"value": work()}], round(time.monotonic() - started, 3))
+            return ledger().units[unit][0]["value"]
+
+        write_beside(path, make(keep), of)
+    shutil.rmtree(parts, ignore_errors=True)
 
 
 def _rows(path: Path) -> list:

@@ -55,11 +55,11 @@ NAMES = ("none", *SUITES)
 
 
 def classifier_members(
-    suite: str, kind: Kind, num_experts: int = 1, conditional: bool = False, beside: int = 0
+    suite: str, kind: Kind, num_experts: int = 1, active: int = 0, beside: int = 0
 ) -> list[Member]:
     """The members of a suite for a kind of target, the common ones first; none for suite none.
 
-    beside: network passes of the whole suite of the mixtures that a single network stands beside, which it is to
+    active: as in Target. beside: network passes of the whole suite of the mixtures that a single network stands beside, which it is to
     have as well; 0: each attack begins once. UserError for an unknown suite, and for ensembles."""
     if suite not in NAMES:
         raise UserError(f"suite: {suite!r} is unknown; allowed: {', '.join(NAMES)}")
@@ -72,7 +72,7 @@ def classifier_members(
         )
     own = SUITES[suite]
     common = [
-        member(name, one, "common", kind, num_experts, conditional=conditional)
+        member(name, one, "common", kind, num_experts, active=active)
         for name, one in own.common.items()
     ]
     if kind == "single":
@@ -85,7 +85,7 @@ def classifier_members(
         for name, runs in own.routed.items()
     }
     return common + [
-        member(name, one, "adaptive", kind, num_experts, conditional=conditional)
+        member(name, one, "adaptive", kind, num_experts, active=active)
         for name, one in routed.items()
     ]
 
@@ -103,12 +103,12 @@ def shown() -> dict[str, dict[str, list[Member]]]:
     """suite -> (kind of network -> members), for the tables that are printed."""
     found = {}
     for suite in SUITES:
-        hard = classifier_members(suite, "hard", 2, True)
+        hard = classifier_members(suite, "hard", 2, active=1)
         whole = passes_of(hard)
         found[suite] = {
             "single": classifier_members(suite, "single"),
             "single beside E 2": classifier_members(suite, "single", beside=whole),
             "E 2": hard,
-            "E 5": classifier_members(suite, "hard", 5, True),
+            "E 5": classifier_members(suite, "hard", 5, active=1),
         }
     return found

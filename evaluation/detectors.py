@@ -7,6 +7,7 @@ kappa of the score in what is raised.
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from attacks.quantise import quantised
 from attacks.search import scores
 from attacks.threat import Threat, count_labelled, seed_of
 from engine.steps import under_attack
+from evaluation.beside import Keep, keep_nothing
 from evaluation.formats import eps_text, markdown_table, percent
 from evaluation.plan import Scene, Setup
 from evaluation.statistics import Estimate, Resamples
@@ -78,48 +80,29 @@ def detection_rows(
     kappas: Sequence[float] = KAPPAS,
     steps: int = STEPS,
     device: torch.device | str = "cpu",
+    keep: Keep = keep_nothing,
 ) -> list[dict]:
     """A row for each score and each kappa, 0 (an attacker who knows of no detector) first, in the columns of
     DETECTION_COLUMNS: accuracy clean and attacked, AUROC with its interval over the blocks of the images and FPR at
     95 % TPR of the score, on n_images clean images against as many attacked ones, which are rounded to bytes where
-    those of the setup are."""
+    those of the setup are. keep: of each batch (see evaluation.beside)."""
     names, device = scores_of(target), torch.device(device)
-    trials = [(name, kappa) for name in names for kappa in kappas]
+    trials = [(name, kappa) for name in names for kappa in (0.0, *kappas)]
     before: dict[str, list] = {name: [] for name in names}
-    after: dict[tuple, list] = {(name, kappa): [] for name in names for kappa in (0.0, *kappas)}
+    after: dict[tuple, list] = {trial: [] for trial in trials}
     right: dict[tuple | None, int] = dict.fromkeys((None, *after), 0)
     valid, blocks = 0, []
-    for scene in scenes:
+    for index, scene in enumerate(scenes):
+        work = partial(measure, target, scene, setup, eps, names, kappas, steps, device)
+        found = keep(f"{target.name}, batch {index}", work)
         blocks += scene.blocks
-        images, labels = scene.images.to(device), scene.labels.to(device)
-        seeds = tuple(seed_of(setup.seed, name, "detectors") for name in scene.names)
-        threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
-        valid += count_labelled(labels, setup.ignore_index)
-
-        def measured(points: Tensor, wanted: Sequence[str], labels=labels, threat=threat) -> tuple[dict, int]:
-            with torch.no_grad():
-                said = listen(target.model, points)
-                found = {name: DETECTORS[name](said).tolist() for name in wanted}
-            return found, int(scores(said.logits, labels.long(), threat.ignore_index)[0].sum())
-
-        def kept(points: Tensor, images=images, threat=threat) -> Tensor:
-            return quantised(points, images, threat) if setup.adversarials == "uint8" else points
-
-        with under_attack(target.model), exact_float32(device):
-            found, right_here = measured(images, names)
-            right[None] += right_here
-            for name in names:
-                before[name] += found[name]
-            plain = evade(target.model, images, labels, threat, kappa=0.0, steps=steps)
-            found, right_here = measured(kept(plain.images), names)
-            for name in names:
-                after[name, 0.0] += found[name]
-                right[name, 0.0] += right_here
-            for name, kappa in trials:
-                evasive = evade(target.model, images, labels, threat, score=name, kappa=kappa, steps=steps)
-                found, right_here = measured(kept(evasive.images), [name])
-                after[name, kappa] += found[name]
-                right[name, kappa] += right_here
+        valid += count_labelled(scene.labels, setup.ignore_index)
+        right[None] += found["right"]
+        for name, values in zip(names, found["clean"], strict=True):
+            before[name] += as_numbers(values)
+        for trial, (values, right_here) in zip(trials, found["attacked"], strict=True):
+            after[trial] += as_numbers(values)
+            right[trial] += right_here
     rows, resamples = [], Resamples(blocks)
     for (name, kappa), values in after.items():
         negative, positive = np.array(before[name]), np.array(values)
@@ -143,6 +126,54 @@ def detection_rows(
             }
         )
     return rows
+
+
+def measure(
+    target: Target,
+    scene: Scene,
+    setup: Setup,
+    eps: float,
+    names: Sequence[str],
+    kappas: Sequence[float],
+    steps: int,
+    device: torch.device,
+) -> dict:
+    """Plain values of a batch: "clean", scores of each name per image, "right" pixels, and "attacked", for each name
+    and kappa (0 first) [scores per image, right pixels]. None stands for a score that is no number."""
+    images, labels = scene.images.to(device), scene.labels.to(device)
+    seeds = tuple(seed_of(setup.seed, name, "detectors") for name in scene.names)
+    threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
+
+    def measured(points: Tensor, wanted: Sequence[str]) -> tuple[list[list], int]:
+        with torch.no_grad():
+            said = listen(target.model, points)
+            found = [as_plain(DETECTORS[name](said).tolist()) for name in wanted]
+        return found, int(scores(said.logits, labels.long(), threat.ignore_index)[0].sum())
+
+    def attacked(wanted: Sequence[str], kappa: float, **score) -> tuple[list[list], int]:
+        points = evade(target.model, images, labels, threat, kappa=kappa, steps=steps, **score).images
+        return measured(
+            quantised(points, images, threat) if setup.adversarials == "uint8" else points, wanted
+        )
+
+    with under_attack(target.model), exact_float32(device):
+        clean, right = measured(images, names)
+        plain, right_plain = attacked(names, 0.0)  # knows of no detector: one attack for all
+        found = []
+        for name, values in zip(names, plain, strict=True):
+            found.append([values, right_plain])
+            for kappa in kappas:
+                (own,), right_here = attacked([name], kappa, score=name)
+                found.append([own, right_here])
+    return {"clean": clean, "right": right, "attacked": found}
+
+
+def as_plain(values: Sequence[float]) -> list[float | None]:
+    return [value if math.isfinite(value) else None for value in values]
+
+
+def as_numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
 
 
 def side_by_side(rows: Iterable[Mapping]) -> list[dict]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attacks.evade import experts_alone
 from attacks.quantise import quantised
-from attacks.routed import look_inside
+from attacks.routed import look_inside, preferences
 from attacks.search import Found, scores
 from attacks.threat import Threat, check_inside, count_labelled, refuse_bad_images, seed_of, sizes
 from engine.arithmetic import autocast_of
@@ -31,7 +31,7 @@ from evaluation.formats import number
 from evaluation.ledger import INCUMBENTS, Ledger, Record, canonical, read_manifest, read_units
 from evaluation.plan import Scene, Setup, Unit, cost_table, manifest_of, units_of
 from evaluation.suites import CLEAN, Member
-from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on
+from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on, with_answers
 from metrics.confusion import confusion
 
 TRACE = 8  # values of an attack's loss that are recorded, from the first to the last
@@ -60,7 +60,7 @@ def attack_all(
     log: Log = print,
 ) -> bool:
     """Does every unit of work of this process that the ledger in `folder` lacks; whether it is complete then, other
-    processes' work included: who sees that writes the tables.
+    processes' work included: who sees that writes the tables, of a ledger that was complete before the first process.
 
     scenes: the same fixed batches each time they are gone through, which happens twice. members: those of each
     target, by its name. replace: see Ledger.
@@ -73,6 +73,7 @@ def attack_all(
             todo = [unit for unit in units if unit.name not in ledger and unit.batch % world == rank]
             for line in cost_table(manifest) if rank == 0 else ():
                 log(line)
+            lacking = any(unit.name not in ledger for unit in units)
             log(f"ledger {folder}: {len(units)} units of work, {len(todo)} to do here")
             work(ledger, scenes, targets, members, setup, todo, device, log)
             ledger.refresh()
@@ -80,7 +81,7 @@ def attack_all(
             if complete:
                 records = ledger.records(unit.name for unit in units)
                 log(f"ledger {folder}: complete, {number(passes_of(records))} network passes")
-            return complete
+            return complete and (lacking or rank == 0)
 
 
 def begin(
@@ -95,7 +96,8 @@ def begin(
 ) -> None:
     """Begins the ledger that `attack_all` would work on, and does nothing else: one of another evaluation is refused
     here, before any work."""
-    manifest = manifest_for(folder, scenes, targets, members, setup, torch.device(device))
+    with as_begun(folder):
+        manifest = manifest_for(folder, scenes, targets, members, setup, torch.device(device))
     Ledger(folder, manifest, rank=shard()[0], replace=replace).close()
 
 
@@ -117,6 +119,8 @@ def manifest_for(
     protocol = setup.protocol(device, threads_of(folder) or torch.get_num_threads())
     images, labelled = [], 0
     for index, scene in enumerate(scenes):
+        if not index:
+            targets = [with_answers(target, scene.images.to(device)) for target in targets]
         images += images_of(scene, index, setup)
         labelled += count_labelled(scene.labels, setup.ignore_index)
     if not labelled:
@@ -258,17 +262,18 @@ class Bench:
 
     def _routing(self, points: Tensor) -> dict[str, list]:
         """Of a routed model, per image: "weights" [S, E, K], means over the grid, "route" [S, K], the expert with
-        the largest one, "shares" [S, E, K] of softmax(gate logits), "flips", the share of routing places with another
-        best expert than on the clean image, "margin" and "least_margin", the mean and the least lead of the best gate
-        logit over the second, "entropy", the mean of softmax(gate logits), in nats, "expert_right" [E], the right
-        pixels with all weight on one expert, and "gate_free", those that all weights of the gate's kind leave right
-        (see evaluation.floor), or in words why that is not known."""
+        the largest one, "shares" [S, E, K], the weights of a soft gate, of a hard one softmax(gate logits), "flips",
+        the share of routing places with another best expert than on the clean image, "margin" and "least_margin", the
+        mean and the least lead of the best gate logit over the second, "entropy", the mean of that of the shares, in
+        nats, "expert_right" [E], the right pixels with all weight on one expert, and "gate_free", those that all
+        weights of the gate's kind leave right (see evaluation.floor), or in words why that is not known."""
         seen = look_inside(self.target.model, points)
         gate_logits = seen.gate_logits  # [S, B, E, K, h, w]
         if self._clean_route is None:
             self._clean_route = self.target.model.gate_logits(self.images).argmax(dim=2)
+        logs = preferences(self.target.model, seen).log_softmax(dim=2)
         weights, shares = (
-            one.mean(dim=(-2, -1)).transpose(0, 1) for one in (seen.weights, gate_logits.softmax(dim=2))
+            one.mean(dim=(-2, -1)).transpose(0, 1) for one in (seen.weights, logs.exp())
         )  # [B, S, E, K]
         alone = [
             scores(one, self.labels, self.setup.ignore_index)[0] for one in experts_alone(seen).unbind(1)
@@ -282,10 +287,9 @@ class Bench:
             best, second = gate_logits.topk(2, dim=2).values.unbind(2)
             gap = best - second
         gap = gap.transpose(0, 1).flatten(1)
-        logs = gate_logits.log_softmax(dim=2).masked_fill(
-            gate_logits.isneginf(), 0.0
+        entropy = -(logs.masked_fill(logs.isneginf(), 0.0) * logs.exp()).sum(
+            dim=2
         )  # a masked expert's share is 0
-        entropy = -(logs * gate_logits.softmax(dim=2)).sum(dim=2)
         return {
             "weights": rounded(weights.tolist()),
             "shares": rounded(shares.tolist()),

@@ -56,11 +56,11 @@ class SureEnsemble:
 
 
 class SureMixture:
-    """A routed model whose gate can't be told otherwise, either. ran: networks that have run for an image if only
-    those with any weight do."""
+    """A routed model whose gate can't be told otherwise, either. top_k: experts with any weight, of a soft one. ran:
+    networks that have run for an image if only those with any weight do."""
 
     def __init__(self, num_experts: int, num_classes: int, routing: str):
-        self.num_experts, self.routing, self.ran = num_experts, routing, 0
+        self.num_experts, self.routing, self.top_k, self.ran = num_experts, routing, num_experts, 0
         self.expert = Sure(num_classes)
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ class SureMixture:
 
     def route(self, gate_logits: Tensor) -> Tensor:
         if self.routing == "soft":
-            return gate_logits.softmax(dim=2)
+            others = gate_logits.argsort(dim=2, descending=True)[:, :, self.top_k :]
+            return gate_logits.scatter(2, others, -torch.inf).softmax(dim=2)
         best = gate_logits.argmax(dim=2, keepdim=True)
         return torch.zeros_like(gate_logits).scatter(2, best, 1.0)
 
@@ -100,18 +101,18 @@ def count_passes(
     kind: Kind,
     num_experts: int,
     size: tuple[int, ...] | None = None,
-    conditional: bool = False,
+    active: int = 0,
     num_classes: int = CLASSES,
     norm: Norm = "linf",
 ) -> tuple[int, int, int]:
     """(forward passes, backward passes, passes of networks) per image of an attack on a kind of target, counted by
     running it; of an attack that says itself what it takes at most (`passes_at_most`), that. size: (height, width) of
-    the images, or (channels, height, width). conditional: as in Target. UserError for settings that are not for so many
+    the images, or (channels, height, width). active: as in Target. UserError for settings that are not for so many
     classes."""
     classes = min(num_classes, MOST_CLASSES)
     size = size or (max(classes, CLASSES), 2)  # a row of pixels for each class
     return _count(
-        attack.table, canonical(attack.plain()), kind, num_experts, size, conditional, classes, norm
+        attack.table, canonical(attack.plain()), kind, num_experts, size, active, classes, norm
     )
 
 
@@ -122,7 +123,7 @@ def _count(
     kind: Kind,
     num_experts: int,
     size: tuple[int, ...],
-    conditional: bool,
+    active: int,
     num_classes: int,
     norm: Norm,
 ) -> tuple[int, int, int]:
@@ -130,14 +131,16 @@ def _count(
     built = component(table, plain.pop("name"), **plain)
     told = getattr(module_of(built), "passes_at_most", None)
     if told is not None:
-        return told(kind, num_experts, conditional, **built.args)
+        return told(kind, num_experts, active, **built.args)
     threat = Threat(1 / 255, norm, seeds=(0,), class_weights=torch.ones(num_classes))
     images = torch.full((1, *size) if len(size) == 3 else (1, 3, *size), 0.5)
     height, width = size[-2:]
     labels = (torch.arange(height) % num_classes)[None, :, None].expand(1, height, width)
     model = STAND_INS[kind](num_experts, num_classes)
+    if active and kind in ROUTED:
+        model.top_k = active
     found = built.build(model, images, labels, threat)
-    networks = model.ran if conditional and kind in ROUTED else found.forwards * num_experts
+    networks = model.ran if active and kind in ROUTED else found.forwards * num_experts
     return found.forwards, found.backwards, networks
 
 

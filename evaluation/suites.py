@@ -158,7 +158,7 @@ def extra_members(
     size: tuple[int, ...],
     num_classes: int,
     taken: Sequence[Member] = (),
-    conditional: bool = False,
+    active: int = 0,
     norm: Norm = "linf",
 ) -> list[Member]:
     """Attacks of a config as further members: adaptive ones that are for a kind of target (see `attacks_for`), common
@@ -177,7 +177,7 @@ def extra_members(
         whole = size if "file" in attack.args else None  # made for images of one size, and one norm
         ball = norm if whole else "linf"
         column = "common" if made_for(attack) == ALL else "adaptive"
-        found.append(member(name, attack, column, kind, num_experts, whole, conditional, num_classes, ball))
+        found.append(member(name, attack, column, kind, num_experts, whole, active, num_classes, ball))
     return found
 
 
@@ -243,14 +243,14 @@ def member(
     kind: Kind,
     num_experts: int,
     size: tuple[int, ...] | None = None,
-    conditional: bool = False,
+    active: int = 0,
     num_classes: int = CLASSES,
     norm: Norm = "linf",
 ) -> Member:
     """A member with its cost, which is counted by running it on a stand-in; size of its image, where that matters."""
     if not isinstance(attack, Component):
         attack = component(TABLE, attack["name"], **{key: attack[key] for key in attack if key != "name"})
-    passes = count_passes(attack, kind, num_experts, size, conditional, num_classes, norm)
+    passes = count_passes(attack, kind, num_experts, size, active, num_classes, norm)
     return Member(name, attack, column, *passes)
 
 

@@ -1,6 +1,6 @@
 """Honesty checks of the networks themselves, on a few images; each tells what it costs, in passes per image."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -23,26 +23,27 @@ from evaluation.record_checks import ALARM, WHITE_BOX
 from evaluation.suites import Member
 from evaluation.targets import PRODUCTS, ROUTED, Target, exact_float32, threat_on
 
-CHECKED = 2  # images of a batch that are looked at
+CHECKED = 2  # images of a batch that are looked at, of each target those that it gets right if there are some
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it
 SAME_LOGITS = 1e-4  # of the largest logit: what another batch may change by rounding
 UNSTABLE = 0.1  # of answers that noise may change
 LEFT = 0.05  # of the pixels that an attack without bounds may leave
+NOTHING = "no image has a right pixel: there is nothing to attack, and nothing to check"
 SLOPE_ERROR = 0.1  # relative, of a derivative against finite differences
 
 
 def check_first(
-    scene: Scene,
+    scenes: Iterable[Scene],
     targets: Sequence[Target],
     members: Mapping[str, Sequence[Member]],
     setup: Setup,
     device: torch.device,
 ) -> list[Finding]:
-    """`check_targets` on the first CHECKED images of a batch, at the largest eps."""
-    images, labels = (part[:CHECKED].to(device) for part in (scene.images, scene.labels))
-    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names[:CHECKED])
+    """`check_targets` on the first batch that has a labelled image, at the largest eps."""
+    scene = next(scene for scene in scenes if count_labelled(scene.labels, setup.ignore_index))
+    seeds = tuple(seed_of(setup.seed, name, "checks") for name in scene.names)
     threat = Threat(max(setup.eps), setup.norm, setup.ignore_index, seeds)
-    return check_targets(targets, images, labels, threat, members)
+    return check_targets(targets, scene.images.to(device), scene.labels.to(device), threat, members)
 
 
 def check_targets(
@@ -52,23 +53,37 @@ def check_targets(
     threat: Threat,
     members: Mapping[str, Sequence[Member]],
 ) -> list[Finding]:
-    """The checks that run the networks, on a few images. UserError for images that are not float32 in [0, 1]."""
+    """The checks that run the networks, on CHECKED of the images. UserError for images that are not float32 in
+    [0, 1]."""
     refuse_bad_images(images)
     found = []
     for target in targets:
         with as_attacked(target, images.device):
-            own = threat_on(target, threat, images.device)
-            found += identity_at_zero(target, images, labels, own, members[target.name])
-            found += batch_invariance(target, images)
-            found += float32_throughout(target, images, labels, own)
-            found += unavailable_gradients(target, images, labels, own)
-            found += unstable_predictions(target, images, own)
-            found += unconstrained_attack(target, images, labels, own)
+            with torch.no_grad():
+                right, _ = scores(target.model(images), labels.long(), threat.ignore_index)
+            few = chosen(right, images, labels, threat_on(target, threat, images.device))
+            own, attacks = few[2], members[target.name]
+            found += identity_at_zero(target, *few, attacks)
+            found += batch_invariance(target, few[0])
+            found += float32_throughout(target, *few)
+            found += unavailable_gradients(target, *few)
+            found += unstable_predictions(target, few[0], own)
+            found += unconstrained_attack(target, *few)
             if target.kind in ROUTED:
-                found += gate_gradient(target, images, labels, own)
-                found += gate_direction(target, images, labels, own)
-            found += active_test(target, images, labels, own, members[target.name])
-    return found + transfer_failure(targets, images, labels, threat)
+                found += gate_gradient(target, *few)
+                found += gate_direction(target, *few)
+            found += active_test(target, *few, attacks)
+    return found + transfer_failure(targets, *chosen(torch.zeros(len(images)), images, labels, threat))
+
+
+def chosen(right: Tensor, images: Tensor, labels: Tensor, threat: Threat) -> tuple[Tensor, Tensor, Threat]:
+    """The first CHECKED images, before all others those with right pixels ([B], how many), then labelled ones; their
+    labels, and the threat on them."""
+    labelled = [count_labelled(one, threat.ignore_index) > 0 for one in labels]
+    rank = [-(2 * bool(some) + known) for some, known in zip(right.tolist(), labelled, strict=True)]
+    places = sorted(sorted(range(len(rank)), key=rank.__getitem__)[:CHECKED])
+    seeds = tuple(threat.seeds[place] for place in places)
+    return images[places], labels[places], replace(threat, seeds=seeds)
 
 
 @contextmanager
@@ -183,8 +198,8 @@ def input_gradient(
 
 
 def unavailable_gradients(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> list[Finding]:
-    """Indicator 1. The loss has a gradient by the image that is finite, and not zero or vanishing. 1 pass with a
-    backward pass."""
+    """Indicator 1. The loss has a gradient by the image that is finite, and not zero or vanishing; nothing is known
+    without a right pixel, whose loss an attack raises. 1 pass with a backward pass."""
     gradient, logits = input_gradient(target.model, images, labels, threat)
     right, _ = scores(logits, labels.long(), threat.ignore_index)
     counted = right > 0
@@ -194,6 +209,8 @@ def unavailable_gradients(target: Target, images: Tensor, labels: Tensor, threat
 
     if gradient is None:
         return finding("flag", "the loss has no gradient by the image: some step isn't differentiable")
+    if not counted.any():
+        return finding("note", NOTHING)
     largest = gradient.flatten(1).abs().amax(dim=1)[counted]
     bad = int((~torch.isfinite(largest)).sum())
     small = int((largest < VANISHING).sum())
@@ -204,8 +221,8 @@ def unavailable_gradients(target: Target, images: Tensor, labels: Tensor, threat
         return finding(
             "flag", f"the gradient of {small} of {len(largest)} images vanishes: largest {low:.2g}"
         )
-    size = f", between {largest.min():.2g} and {largest.max():.2g} at its largest" if len(largest) else ""
-    return finding("ok", f"the gradient of all {len(largest)} images is finite{size}")
+    size = f"between {largest.min():.2g} and {largest.max():.2g} at its largest"
+    return finding("ok", f"the gradient of all {len(largest)} images is finite, {size}")
 
 
 def unstable_predictions(target: Target, images: Tensor, threat: Threat, count: int = 20) -> list[Finding]:
@@ -228,7 +245,12 @@ def unstable_predictions(target: Target, images: Tensor, threat: Threat, count: 
 def unconstrained_attack(
     target: Target, images: Tensor, labels: Tensor, threat: Threat, steps: int = 20
 ) -> list[Finding]:
-    """Indicator 6. An attack that may change everything (linf, eps = 1) leaves next to nothing. steps + 1 passes."""
+    """Indicator 6. An attack that may change everything (linf, eps = 1) leaves next to nothing of what was right.
+    steps + 2 passes."""
+    with torch.no_grad():
+        right, _ = scores(target.model(images), labels.long(), threat.ignore_index)
+    if not right.any():
+        return [Finding("unconstrained attack", target.name, None, "", "note", NOTHING)]
     free = replace(threat, eps=1.0, norm="linf")
     found = pgd(target.model, images, labels, free, loss="masked_ce", steps=steps)
     left = found.correct.sum().item() / max(count_labelled(labels, threat.ignore_index), 1)

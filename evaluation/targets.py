@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from attacks.threat import Threat
 from engine.checkpoints import tensors_sha256
 from engine.config import UserError
+from engine.steps import under_attack
 
 Kind = Literal["single", "ensemble", "soft", "hard"]
 ROUTED = ("soft", "hard")
@@ -31,8 +32,8 @@ class Target:
     kind: what it offers beside that, as `kind_of` tells. num_experts: networks that it joins.
     fingerprint: what identifies it, plain values; other values are another target. role: kind of its row in the
     tables. class_pixels: labelled pixels of each class in its training split, the weights of class-balanced
-    losses (None: of the data set that it is evaluated on). conditional: a pass runs only the experts that its weights
-    name, not all of them.
+    losses (None: of the data set that it is evaluated on). active: experts that the weights
+    of an image name, where a pass runs no others; 0: it runs all of them.
     """
 
     name: str
@@ -42,12 +43,12 @@ class Target:
     fingerprint: dict = field(default_factory=dict)
     role: str = "model"
     class_pixels: tuple[int, ...] | None = None
-    conditional: bool = False
+    active: int = 0
 
     @property
     def networks(self) -> int:
         """That run in a plain pass, at most."""
-        return 1 if self.conditional and self.kind == "hard" else self.num_experts
+        return self.active or self.num_experts
 
     @property
     def identity(self) -> dict:
@@ -74,8 +75,8 @@ def target_of(
     kind = kind_of(model)
     pixels = None if class_pixels is None else tuple(int(count) for count in class_pixels)
     fingerprint = {**about, **fingerprint_of(model)}
-    conditional = bool(getattr(model, "conditional", False))
-    return Target(name, kind, model, experts_of(model, kind), fingerprint, role, pixels, conditional)
+    num_experts = experts_of(model, kind)
+    return Target(name, kind, model, num_experts, fingerprint, role, pixels, active_of(model, kind, num_experts))
 
 
 def kind_of(model: Callable) -> Kind:
@@ -102,9 +103,16 @@ def experts_of(model: Callable, kind: Kind) -> int:
     raise UserError(f"{type(model).__name__}: has several experts but no num_experts that says how many")
 
 
+def active_of(model: Callable, kind: Kind, num_experts: int) -> int:
+    """`Target.active`: of a routed model that says that it is conditional 1, or the top_k best of a soft one."""
+    if kind not in ROUTED or not getattr(model, "conditional", False):
+        return 0
+    return 1 if kind == "hard" else int(getattr(model, "top_k", num_experts))
+
+
 def fingerprint_of(model: Callable) -> dict[str, str]:
     """{"tensors": SHA-256 over all parameters and buffers, "modules": one over its modules and their settings}.
-    A plain function, which has neither, is known by its name only: see `has_tensors`."""
+    A plain function, which has neither, is known by its name only: see `with_answers`."""
     if not isinstance(model, nn.Module):
         return {"function": getattr(model, "__qualname__", type(model).__qualname__)}
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -115,30 +123,48 @@ def fingerprint_of(model: Callable) -> dict[str, str]:
 
 
 def settings_of(model: nn.Module) -> Iterator[str]:
-    """What tells modules of equal tensors apart: what they print, and their public attributes that are plain values or
-    functions, such as the rule of an ensemble or the temperature of a gate."""
+    """What tells modules of equal tensors apart: what they print, and their attributes that are plain values, functions
+    or tensors which are no buffers, such as the rule of an ensemble, the temperature of a gate or the mean of a
+    normalisation; of private ones the tensors."""
     yield repr(model)
     for path, module in model.named_modules():
         for name, value in sorted(vars(module).items()):
-            text = text_of(value)
-            if text and not name.startswith("_") and name != "training":
+            private = name.startswith("_") and not isinstance(value, Tensor | np.ndarray)
+            text = None if private or name == "training" else text_of(value)
+            if text:
                 yield f"{path}.{name} = {text}"
 
 
 def text_of(value: object) -> str | None:
-    """What tells a value from others: numbers and words as they are, functions and classes by their names, and lists of
-    these; None for anything else."""
+    """What tells a value from others: numbers and words as they are, tensors and arrays by a digest, functions and
+    classes by their names, and lists and dicts of these; None for anything else."""
+    if isinstance(value, dict):
+        value = [list(item) for item in value.items()]
     if isinstance(value, list | tuple):
         parts = [text_of(one) for one in value]
         return None if None in parts else f"[{', '.join(parts)}]"
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        value = torch.as_tensor(value)
+    if isinstance(value, Tensor):
+        return tensors_sha256({"": value})
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     return getattr(value, "__qualname__", None)
 
 
-def has_tensors(model: Callable) -> bool:
-    """Whether its fingerprint tells it from others: it is a module that holds its weights itself."""
-    return isinstance(model, nn.Module) and any(True for _ in chain(model.parameters(), model.buffers()))
+def with_answers(target: Target, images: Tensor) -> Target:
+    """The target as it is where its weights identify it: it is a module that holds them. Any other, such as a function,
+    is identified by what it says of the first of the images [B, C, H, W], to the bit, as well."""
+    model = target.model
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    held = any(True for module in modules for _ in chain(module.parameters(), module.buffers()))
+    if held and not any(getattr(module, "opaque", False) for module in modules):
+        return target
+    if modules:
+        model.to(images.device, memory_format=torch.channels_last)  # the same layout, and bits, whoever asks
+    with under_attack(model), exact_float32(images.device), torch.no_grad():
+        answers = tensors_sha256({"": model(images[:1])})
+    return replace(target, fingerprint={**target.fingerprint, "answers": answers})
 
 
 def class_weights(class_pixels: Sequence[int]) -> Tensor:

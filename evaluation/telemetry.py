@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from evaluation.ledger import Record
-from evaluation.record_checks import Bout, bouts, right_pixels
+from evaluation.record_checks import bouts, right_pixels
 from evaluation.targets import ROUTED, Kind
 from metrics.gate import effective_experts
 
@@ -22,7 +22,7 @@ PER_IMAGE = {
     "flips": "route flip rate",  # share of sites, classes and places with another best expert than on the clean image
     "margin": "gate margin",  # lead of the best gate logit over the second
     "least_margin": "least gate margin",
-    "entropy": "gate entropy",  # in nats, of softmax(gate logits)
+    "entropy": "gate entropy",  # in nats, of the weights of a soft gate, of softmax(gate logits) of a hard one
 }
 
 
@@ -94,31 +94,36 @@ def component_rows(
     records: Iterable[Record], kinds: Mapping[str, Kind], experts: Mapping[str, Sequence[str]] | None = None
 ) -> Iterator[dict]:
     """The parts of each routed target at each eps, in the columns of COMPONENT_COLUMNS: accuracy clean and in the
-    worst case over all recorded attacks, of each of its experts attacked by itself (where these are targets of their
+    worst case over all recorded points, of each of its experts attacked by itself (where these are targets of their
     names, given by `experts`), of its router (see below), on the images whose route the worst case changed and on the
     others, and of the best and worst single expert on those very images.
 
-    The route of an image that no attack changed is undecided: other attacks may change it."""
-    whole = list(bouts(records, kinds, {}))
-    alone = {(bout.target, bout.eps): bout for bout in whole}
-    for bout in whole:
+    A point is what an attack gave of an image, either incumbent, at this eps or a smaller one. The route of an image
+    that none of them changes is undecided: attacks may have changed it on their way, and others may."""
+    records = list(records)
+    points: dict[str, list[Record]] = {}
+    for record in records:
+        points.setdefault(record["target"], []).append(record)
+    for bout in bouts(records, kinds, {}):
         if bout.eps == 0 or bout.kind not in ROUTED or not bout.attacks:
             continue
-        worst = worst_records(bout)
+        inside = [one for one in points[bout.target] if one["eps"] <= bout.eps and one["image"] in bout.clean]
+        worst = worst_records(inside)
         flipped = [image for image, one in worst.items() if one["flips"] > 0]
         kept = [image for image in worst if image not in flipped]
-        ever = {image for own in bout.attacks.values() for image, one in own.items() if one["flips"] > 0}
+        ever = {one["image"] for one in inside if one["flips"] > 0}
         parts = [
             ("clean", accuracy(bout.clean.values()), len(bout.clean)),
             ("model", accuracy(worst.values()), len(worst)),
         ]
         for expert in (experts or {}).get(bout.target, ()):
-            if (expert, bout.eps) in alone:
-                own = worst_records(alone[expert, bout.eps])
+            own = [one for one in points.get(expert, ()) if one["eps"] <= bout.eps]
+            if any(one["eps"] > 0 for one in own):
+                own = worst_records(own)
                 parts.append((f"expert {expert}, attacked by itself", accuracy(own.values()), len(own)))
         parts += [
-            ("route changed by some attack", len(ever) / len(worst), len(worst)),
-            ("route undecided: no attack changed it", 1 - len(ever) / len(worst), len(worst)),
+            ("route changed at a recorded point", len(ever) / len(worst), len(worst)),
+            ("route undecided: at no recorded point", 1 - len(ever) / len(worst), len(worst)),
             ("model, route changed", accuracy(worst[image] for image in flipped), len(flipped)),
             ("model, route not changed", accuracy(worst[image] for image in kept), len(kept)),
         ]
@@ -136,10 +141,14 @@ def component_rows(
             yield {"model": bout.target, "eps": bout.eps, "part": part, "value": value, "n_images": count}
 
 
-def worst_records(bout: Bout) -> dict[str, Record]:
-    """Of each image the record with the fewest right pixels, the clean one where no attack is below it."""
-    cases = [bout.clean, *bout.attacks.values()]
-    return {image: min((case[image] for case in cases), key=right_pixels) for image in bout.clean}
+def worst_records(points: Iterable[Record]) -> dict[str, Record]:
+    """Of each image the record with the fewest right pixels; of several the one at the smallest eps, the clean one
+    first."""
+    worst: dict[str, Record] = {}
+    for one in sorted(points, key=lambda record: record["eps"]):
+        if one["image"] not in worst or right_pixels(one) < right_pixels(worst[one["image"]]):
+            worst[one["image"]] = one
+    return worst
 
 
 def accuracy(records: Iterable[Record]) -> float:

@@ -12,6 +12,7 @@ from attacks.quantise import quantised
 from attacks.threat import Threat
 from engine.config import Component, UserError
 from engine.steps import under_attack
+from evaluation.beside import Keep, keep_nothing
 from evaluation.findings import Finding
 from evaluation.formats import markdown_table, percent
 from evaluation.record_checks import ALARM
@@ -107,11 +108,13 @@ def transfer(
     batches: Iterable[tuple[Tensor, Tensor, Threat]],
     num_classes: int,
     as_bytes: bool = False,
+    keep: Keep = keep_nothing,
 ) -> Transfer:
     """All pairs: the attack on each target, the images with the fewest right pixels that it found shown to all.
 
     batches: images float32 [B, 3, H, W] in [0, 1], labels [B, H, W], and the threat with a seed per image. as_bytes:
-    the images are rounded to multiples of 1/255 before they are shown (see `quantised`).
+    the images are rounded to multiples of 1/255 before they are shown (see `quantised`). keep: of each batch (see
+    evaluation.beside).
     """
     names = tuple(target.name for target in targets)
     if len({CLEAN, *names}) <= len(names):
@@ -122,14 +125,23 @@ def transfer(
     with ExitStack() as stack:
         for target in targets:
             stack.enter_context(under_attack(target.model))
-        for images, labels, threat in batches:
-            with exact_float32(images.device):
-                made = {CLEAN: images}
-                for target in targets:
-                    own = threat_on(target, threat, images.device)
-                    points = attack.build(target.model, images, labels, own).images
-                    made[target.name] = quantised(points, images, own) if as_bytes else points
-                counts.append(cross_counts(targets, made, labels, num_classes, threat.ignore_index))
+        for index, (images, labels, threat) in enumerate(batches):
+
+            def work(images=images, labels=labels, threat=threat) -> list[list[int]]:
+                with exact_float32(images.device):
+                    made = {CLEAN: images}
+                    for target in targets:
+                        own = threat_on(target, threat, images.device)
+                        points = attack.build(target.model, images, labels, own).images
+                        made[target.name] = quantised(points, images, own) if as_bytes else points
+                    found = cross_counts(targets, made, labels, num_classes, threat.ignore_index)
+                places = np.flatnonzero(found)  # few of the cells have any pixels
+                return [places.tolist(), found.flat[places].tolist()]
+
+            places, pixels = keep(f"batch {index}", work)
+            found = np.zeros((len(names) + 1, len(names), len(images), num_classes, num_classes), np.int64)
+            found.flat[places] = pixels
+            counts.append(found)
     if not counts:
         raise UserError("transfer: no images")
     return Transfer((CLEAN, *names), names, np.concatenate(counts, axis=2))

@@ -146,7 +146,7 @@ def verify(
                 verdict.problems.append(f"{CERTIFICATES} is not what interval bounds give")
         if checks and not verdict.problems:
             told = {flag_of(finding) for finding in read_beside(folder).findings}
-            found = check_first(next(iter(scenes)), list(known.values()), members, setup, device)
+            found = check_first(scenes, list(known.values()), members, setup, device)
             lacking = [one for one in found if one.severity == "flag" and flag_of(one) not in told]
             verdict.problems += [
                 f"{FINDINGS} lacks a flag: {one.target}: {one.check}: {one.text}" for one in lacking

@@ -93,6 +93,11 @@ class External(nn.Module):
         with_features = hasattr(self.network, "forward_features")
         self.feature_channels = getattr(self.network, "feature_channels", 0) if with_features else 0
 
+    @property
+    def opaque(self) -> bool:
+        """Whether nothing here tells the network from another: it is no nn.Module, which holds its weights."""
+        return not isinstance(self.network, nn.Module)
+
     def __getattr__(self, name: str) -> Any:
         if name in OFFERED:
             return getattr(super().__getattr__("network"), name)

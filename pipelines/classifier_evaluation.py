@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.image_set import ImageSet, ImageSplit
-from engine.checkpoints import atomic_write
+from engine.checkpoints import atomic_write, with_contents
 from engine.config import (
     Classification,
     ClassifierEvaluate,
@@ -115,7 +115,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     found = []
     if checked:
         with as_begun(ledgers[SUITE]):
-            found = check_first(next(iter(suite.scenes)), *suite.parts[1:], device)
+            found = check_first(suite.scenes, *suite.parts[1:], device)
     write_beside(folder / FINDINGS, found)
     summary = write_classifier_tables(folder, clean, about, images.name, ledgers)
     print("\n".join(["", *summary, "", f"evaluation: {folder}"]))
@@ -147,7 +147,7 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     is trained there, or it is for other classes."""
     if isinstance(source, Component):
         network = built_external(source, images.num_classes, key).requires_grad_(False)
-        about = {"network": source.plain(), "file_sha256": network.file_sha256}
+        about = {"network": with_contents(source.plain())}
         return Loaded(network, source.name, about)
     trained = load_classifier(source, key)
     require_classes(trained, images.classes, key, f"of {images.name}")
@@ -370,7 +370,7 @@ def members_of(
     """The attacks on each target: a plain network beside mixtures gets restarts for as many network passes as they
     take; a pathway begins once."""
     own = {
-        one.name: classifier_members(settings.suite, one.kind, one.num_experts, one.conditional)
+        one.name: classifier_members(settings.suite, one.kind, one.num_experts, one.active)
         for one in targets
     }
     beside = max((passes_of(own[one.name]) for one in targets if one.kind in ROUTED), default=0)
@@ -386,7 +386,7 @@ def members_of(
             size,
             num_classes,
             own[one.name],
-            one.conditional,
+            one.active,
             settings.norm,
         )
         for attack in filter(needs_class_weights, own[one.name]):
@@ -402,7 +402,7 @@ def autoattack_members(target: Target, settings: ClassifierEvaluate) -> list[Mem
 
     def one(name: str, column: str, **more) -> Member:
         attack = {"name": "autoattack", "seed": settings.attack_seed, **more}
-        return member(name, attack, column, target.kind, target.num_experts, conditional=target.conditional)
+        return member(name, attack, column, target.kind, target.num_experts, active=target.active)
 
     paths = range(target.num_experts if settings.pathways and target.kind == "hard" else 0)
     return [

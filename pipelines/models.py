@@ -1,6 +1,7 @@
 """Networks from configs and from checkpoints; a gate is only ever put on the experts it was trained with."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dataloaders.frames import FrameIndex
-from engine.checkpoints import copy_tensors, load_weights, tensors_sha256
+from engine.checkpoints import copy_tensors, load_weights, tensors_sha256, with_contents
 from engine.config import Component, Gate, Run, UserError, component, table_of
 from networks.complexity import parameters
 from networks.moe import Frozen, MixtureOfExperts, gate_channels
@@ -90,7 +91,8 @@ def built_external(network: Component, num_classes: int, key: str) -> nn.Module:
 
 
 def load_external(network: Component, classes: Sequence[str], key: str) -> Trained:
-    """A network that brings its own weights. What identifies it are the SHA-256 of its file and of its tensors."""
+    """A network that brings its own weights. What identifies it are its tensors and its section, where the contents of
+    files stand for their paths."""
     module = built_external(network, len(classes), key)
     total, trained = parameters(module)
     metadata = {
@@ -103,7 +105,8 @@ def load_external(network: Component, classes: Sequence[str], key: str) -> Train
         "file_sha256": module.file_sha256,
         "tensors_sha256": tensors_sha256(module.state_dict()),
     }
-    both = f"{metadata['file_sha256']} {metadata['tensors_sha256']}"
+    section = {key: value for key, value in metadata["network"].items() if key != "sha256"}
+    both = f"{json.dumps(with_contents(section), sort_keys=True)} {metadata['tensors_sha256']}"
     adaptive = hasattr(module, "gate_logits") or hasattr(module, "expert_logits")  # which Frozen would hide
     frozen = module.requires_grad_(False) if adaptive else Frozen(module)
     return Trained(Path(network.args["file"]), frozen, metadata, hashlib.sha256(both.encode()).hexdigest())

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,13 +13,13 @@ from dataloaders.cache import open_cache
 from dataloaders.frames import Frame, FrameIndex
 from engine.config import Component, Evaluate, Evaluation, UserError
 from engine.schema import ROBUST_EPS
-from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, once, write_beside
+from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, Keep, once, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.detectors import DETECTION_COLUMNS, cost, detection_rows
 from evaluation.formats import eps_text
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
-from evaluation.robust import as_begun, attack_all
+from evaluation.robust import as_begun, attack_all, shard
 from evaluation.robust_tables import TABLES, robust_summary, write_robust
 from evaluation.suites import (
     Member,
@@ -104,7 +105,7 @@ def attack_rows(
         print(f"robustness: done here; other processes are still at work on {ledger}")
         return False
     with as_begun(ledger):
-        found = check_first(next(iter(scenes)), targets, own, setup, device) if settings.attack_checks else []
+        found = check_first(scenes, targets, own, setup, device) if settings.attack_checks else []
         write_beside(folder / FINDINGS, found)
         write_beside(folder / CERTIFICATES, certify_targets(targets, scenes, setup, device))
         manifest = read_manifest(ledger)
@@ -115,13 +116,15 @@ def attack_rows(
         once(
             folder / TRANSFER,
             source | bytes_too,
-            lambda: transfer_rows(attack, targets, scenes, setup, device),
+            partial(transfer_rows, attack, targets, scenes, setup, device),
+            shard()[0],
         )
         source = {"ledger": manifest, "detectors": settings.detectors, "columns": DETECTION_COLUMNS}
         once(
             folder / DETECTORS,
             source | bytes_too,
-            lambda: detector_rows(settings.detectors, targets, scenes, setup, device),
+            partial(detector_rows, settings.detectors, targets, scenes, setup, device),
+            shard()[0],
         )
     results, flags = write_robust(folder, ledger)
     print("\n".join(["", *robust_summary(results, flags), "", f"robustness: {folder / 'robustness.md'}"]))
@@ -152,9 +155,10 @@ def transfer_rows(
     scenes: "Scenes",
     setup: Setup,
     device: torch.device,
+    keep: Keep,
 ) -> list[dict]:
     """What every target says of the images that the attack makes for each at the largest eps; none without one."""
-    if attack is None or len(targets) < 2:
+    if attack is None:
         return []
     eps = max(setup.eps)
     blocks = [block for scene in scenes for block in scene.blocks]
@@ -166,20 +170,20 @@ def transfer_rows(
             threat = Threat(eps, setup.norm, setup.ignore_index, seeds)
             yield scene.images.to(device), scene.labels.to(device), threat
 
-    found = transfer(targets, attack, batches(), len(setup.classes), setup.adversarials == "uint8")
+    found = transfer(targets, attack, batches(), len(setup.classes), setup.adversarials == "uint8", keep)
     about = {"eps": eps, "attack": attack.name, "n_images": len(blocks)}
     return [row | about for row in found.rows(blocks)]
 
 
 def detector_rows(
-    wanted: bool, targets: Sequence[Target], scenes: "Scenes", setup: Setup, device: torch.device
+    wanted: bool, targets: Sequence[Target], scenes: "Scenes", setup: Setup, device: torch.device, keep: Keep
 ) -> list[dict]:
     """Scores of every target as detectors of attacks at the largest eps; none where they are not wanted."""
     rows, eps = [], max(setup.eps)
     for target in targets if wanted else ():
         passes = cost(target)
         print(f"detectors of {target.name}: {passes} passes per image at eps {eps_text(eps)}")
-        rows += detection_rows(target, scenes, setup, eps, device=device)
+        rows += detection_rows(target, scenes, setup, eps, device=device, keep=keep)
     return rows
 
 
@@ -259,6 +263,10 @@ def attacked_rows(
             raise UserError(f"evaluate.attack_rows: there is no row {name!r}; allowed: {', '.join(known)}")
     refuse_for_label_maps(settings.attacks, "evaluate.attacks")
     refuse_for_label_maps(filter(None, [settings.transfer]), "evaluate.transfer")
+    if settings.transfer and len(settings.attack_rows or names) < 2:
+        raise UserError(
+            "evaluate.transfer: there is one row; images made for it are shown to others, so name more"
+        )
     targets = [target_of_row(zoo, name) for name in settings.attack_rows or names]
     parity = max(target.num_experts for target in targets)
     attacks, transferring = (

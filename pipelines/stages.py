@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import atomic_write, file_sha256, load_metadata
+from engine.checkpoints import atomic_write, file_sha256, load_metadata, with_contents
 from engine.config import (
     Classification,
     ClassifierEvaluation,
@@ -271,13 +271,11 @@ def data_hash(config: StageConfig) -> str:
 
 def weights_hash(source: str | Component) -> str | None:
     """SHA-256 of a trained network's tensors, None where it is not trained yet; of an external network one over its
-    section and the files that are named there."""
+    section, with the contents of the files that are named there."""
     from pipelines.models import weights_file
 
     if isinstance(source, Component):
-        named = [Path(str(value)) for value in (source.args["file"], *(source.args["args"] or {}).values())]
-        files = [file_sha256(file) for file in named if file.is_file()]
-        return key_of({"network": source.plain(), "files": files})
+        return key_of(with_contents(source.plain()))
     file = weights_file(source)
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
 

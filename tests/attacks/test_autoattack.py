@@ -115,21 +115,22 @@ def test_passes_are_the_mean_over_the_images():
 
 
 def test_networks_that_run():
-    def networks(kind, experts, conditional, **keys):
-        return member("a", {"name": "autoattack", **keys}, "common", kind, experts, None, conditional)
+    def networks(kind, experts, active, **keys):
+        return member("a", {"name": "autoattack", **keys}, "common", kind, experts, None, active)
 
-    whole = networks("single", 1, False)
+    whole = networks("single", 1, 0)
     assert whole.network_passes == whole.forwards
-    for kind, conditional, keys, expected in (
-        ("hard", True, {}, 1),
-        ("soft", True, {}, 3),
-        ("soft", True, {"pathway": 2}, 1),
-        ("hard", False, {"pathway": 2}, 3),
-        ("ensemble", False, {}, 3),
+    for kind, active, keys, expected in (
+        ("hard", 1, {}, 1),
+        ("soft", 3, {}, 3),
+        ("soft", 2, {}, 2),
+        ("soft", 2, {"pathway": 2}, 1),
+        ("hard", 0, {"pathway": 2}, 3),
+        ("ensemble", 0, {}, 3),
     ):
-        assert networks(kind, 3, conditional, **keys).network_passes == expected * whole.forwards
-    told = count_passes(networks("hard", 3, True, version="rand").attack, "hard", 3, None, True)
-    assert told[0] == networks("hard", 3, True, version="rand").forwards < whole.forwards
+        assert networks(kind, 3, active, **keys).network_passes == expected * whole.forwards
+    told = count_passes(networks("hard", 3, 1, version="rand").attack, "hard", 3, None, 1)
+    assert told[0] == networks("hard", 3, 1, version="rand").forwards < whole.forwards
 
 
 def test_the_state_of_all_dice_is_left_alone():

@@ -209,6 +209,15 @@ def test_ignored_pixels_do_not_count():
     assert torch.equal(found.images, images)
 
 
+def test_restarts_begin_elsewhere(recorder):
+    images, labels = scene()
+    network = recorder(per_pixel)
+    hide(network, images, labels, Threat(0.05, seeds=(1, 2)), class_id=1, steps=1, restarts=3)
+    starts = network.asked[1::2][:3]
+    assert torch.equal(starts[0], images)
+    assert not torch.equal(starts[1], images) and not torch.equal(starts[2], starts[1])
+
+
 def test_passes_are_counted():
     images, labels = scene()
     found = hide(per_pixel, images, labels, Threat(0.05, seeds=(1, 2)), class_id=1, steps=7, restarts=2)

@@ -165,6 +165,16 @@ def test_restarts_begin_elsewhere_and_are_never_worse(segmenter, recorder):
     )
 
 
+@pytest.mark.parametrize("random_start", [False, True])
+def test_a_restart_is_never_the_run_before_it(random_start, segmenter, recorder):
+    images, network = torch.rand(2, 3, 8, 8), recorder(segmenter())
+    labels = segmenter()(images).argmax(1)
+    pgd(network, images, labels, threat(0.02, 2), steps=1, restarts=3, random_start=random_start)
+    first = network.asked[::2]
+    assert torch.equal(first[0], images) != random_start
+    assert not torch.equal(first[1], first[0]) and not torch.equal(first[2], first[1])
+
+
 def test_draws_see_through_noise(linear):
     """A single gradient of a network that turns its logits round in two of five draws points the wrong way as often."""
     dice = torch.Generator().manual_seed(0)

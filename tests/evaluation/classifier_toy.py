@@ -100,14 +100,14 @@ def scenes(size=3):
 def members_of(target):
     adaptive = {"name": "gate_only", "steps": 3} if target.kind == "hard" else {**STEPS, "loss": "margin"}
     each = [("pgd", STEPS, "common"), ("own", adaptive, "adaptive")]
-    return [member(*one, target.kind, target.num_experts, conditional=target.conditional) for one in each]
+    return [member(*one, target.kind, target.num_experts, active=target.active) for one in each]
 
 
 def auto_of(target):
     paths = range(EXPERTS if target.kind == "hard" else 0)
     each = [(AUTOATTACK, {"name": "autoattack"}, "common")]
     each += [(f"{AUTOATTACK}{PATH}{e}", {"name": "autoattack", "pathway": e}, "adaptive") for e in paths]
-    return [member(*one, target.kind, target.num_experts, conditional=target.conditional) for one in each]
+    return [member(*one, target.kind, target.num_experts, active=target.active) for one in each]
 
 
 def setup(eps, suite, **about):

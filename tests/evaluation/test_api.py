@@ -4,6 +4,7 @@ import csv
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -102,9 +103,9 @@ def test_gradients_are_taken_whatever_is_on_outside():
         evaluate(mixture, loader(), "none", **run)
 
 
-@pytest.mark.parametrize("wrap", ["function", "partial", "module"])
-def test_a_folder_is_not_used_again_for_what_cannot_be_told_apart(tmp_path, wrap):
-    """Two functions of one name, and modules that hold their network as a function."""
+@pytest.mark.parametrize("wrap", ["function", "partial", "module", "attribute", "private"])
+def test_a_folder_is_of_one_model_however_it_holds_its_weights(tmp_path, wrap):
+    """Two functions of one name, modules that hold their network as a function, and tensors that are no buffers."""
 
     class Wrapped(nn.Module):
         def __init__(self, network):
@@ -114,21 +115,76 @@ def test_a_folder_is_not_used_again_for_what_cannot_be_told_apart(tmp_path, wrap
         def forward(self, images):
             return self.call(images)
 
+    class Moved(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            self.network = toy.Net(0)
+            setattr(self, "mean" if wrap == "attribute" else "_mean", torch.tensor([0.1 * seed]))
+
+        def forward(self, images):
+            return self.network(images - (self.mean if wrap == "attribute" else self._mean))
+
     def attack(seed):
         network = toy.Net(seed).requires_grad_(False)
         models = {
             "function": lambda images: network(images),
             "partial": partial(network),
             "module": Wrapped(network),
+            "attribute": Moved(seed),
+            "private": Moved(seed),
         }
         run = {"suite": "none", "attacks": FGSM, "eps": [1 / 255], "folder": tmp_path, "checks": False}
         return evaluate(models[wrap], loader(), **run, log=str)
 
     before = attack(0).rows
-    with pytest.raises(UserError, match="holds an evaluation already, .* take a new folder"):
+    assert attack(0).rows == before
+    with pytest.raises(UserError, match=r"ledger is of another evaluation: .*identity\."):
         attack(1)
     tables = (tmp_path / "robustness.csv").read_text()
     assert str(before[0]["value"]) in tables
+
+
+def test_a_model_in_training_mode_is_attacked_as_it_is_and_left_so(tmp_path):
+    model = nn.Sequential(toy.Net(0), nn.BatchNorm2d(toy.CLASSES))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run = {"attacks": FGSM, "eps": [1 / 255], "folder": tmp_path, "checks": False, "log": str}
+    rows = evaluate(model, loader(), "none", **run).rows
+    assert model.training and all(
+        torch.equal(value, before[name]) for name, value in model.state_dict().items()
+    )
+    assert evaluate(model, loader(), "none", **run).rows == rows
+
+
+def test_arrays_will_do_and_labels_that_are_no_class_are_told():
+    run = {
+        "attacks": [{"name": "pgd", "loss": "balanced_masked_ce", "steps": 2}],
+        "checks": False,
+        "log": str,
+    }
+    numbers = {
+        "eps": torch.tensor([2 / 255]),
+        "class_pixels": np.array([4, 3, 2, 1]),
+        "blocks": torch.arange(toy.IMAGES) // 2,
+        "seed": np.int64(3),
+    }
+    plain = {key: np.asarray(value).tolist() for key, value in numbers.items()}
+    found, expected = (
+        evaluate(toy.Net(0), loader(), "none", **run, **keys).markdown for keys in (numbers, plain)
+    )
+    assert found == expected
+    for wrong in (-1, toy.CLASSES):
+        batches = [(images, labels.masked_fill(labels == 1, wrong)) for images, labels in loader()]
+        with pytest.raises(UserError, match=f"labels from {min(wrong, 0)} to .*, allowed: 0..3 and 255"):
+            evaluate(toy.Net(0), batches, "none", eps=[2 / 255], **run)
+
+
+def test_every_size_of_images_is_told():
+    batches = [loader()[0], tuple(part[..., :4, :6] for part in loader()[1])]
+    run = {"attacks": FGSM, "eps": [1 / 255], "checks": False, "log": str}
+    protocols = [
+        evaluate(toy.Net(0), part, "none", **run).results.protocol for part in (batches, batches[:1])
+    ]
+    assert [one["image_size"] for one in protocols] == [[[6, 8], [4, 6]], [6, 8]]
 
 
 def test_blocks_are_the_units_of_intervals():

@@ -73,7 +73,7 @@ def test_passes_and_networks_told_beforehand_are_those_that_run(suite, experts):
     own, images, labels = target(experts), torch.rand(2, 1, 3, 3), torch.tensor([2, 2])
     threat = Threat(1e-4, "linf", None, (0, 1))
     beside = passes_of(classifier_members(suite, "hard", 2, True)) if experts == 1 else 0
-    for one in classifier_members(suite, own.kind, own.num_experts, own.conditional, beside):
+    for one in classifier_members(suite, own.kind, own.num_experts, own.active, beside):
         before = own.model.seen
         found = one.attack.build(own.model, images, labels, threat)
         if one.name != "change_route":
@@ -143,12 +143,27 @@ def test_none_is_empty_for_all_and_others_are_refused():
         classifier_members("standard", "ensemble", 2)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_a_mixture_of_the_k_best_costs_k_networks(top_k):
+    """Of which a plain network beside it gets as many passes."""
+    torch.manual_seed(0)
+    model = CNNMoE(5, arch="resnet18", ratio=0.03, num_experts=4, top_k=top_k, router_width=0.1).eval()
+    own = target_of("net", model)
+    assert own.active == own.networks == own.identity["networks"] == top_k
+    found = {one.name: one for one in classifier_members("quick", own.kind, 4, own.active)}
+    assert found["pgd ce"].network_passes == top_k * found["pgd ce"].forwards
+    forced = found["each_path"]  # a step of it runs one pathway beside those that are looked at
+    assert forced.network_passes == forced.forwards * top_k + forced.backwards
+    hard = passes_of(classifier_members("quick", "hard", 4, 1))
+    assert hard <= passes_of(found.values()) <= top_k * hard
+
+
 def test_a_pass_of_a_cnn_mixture_runs_the_pathways_that_its_weights_name():
     """Counted at its first expert convolution."""
     torch.manual_seed(0)
     model = CNNMoE(5, arch="resnet18", ratio=0.03, num_experts=2, router_width=0.1).eval()
     own, images, seen = target_of("net", model), torch.rand(3, 1, 8, 8), []
-    assert own.conditional and own.networks == 1
+    assert own.active and own.networks == 1
     conv = model.body.expert_convs()[0]
     convolve = conv.convolve
     conv.convolve = lambda batch, *weights: (seen.append(len(batch)), convolve(batch, *weights))[1]

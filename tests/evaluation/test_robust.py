@@ -1,5 +1,6 @@
 """Attacks into the ledger: killed and resumed it gives the same tables, and its records are what they say."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from attacks.evade import SCORES, listen
 from attacks.pgd import pgd
 from attacks.threat import TOLERANCE
 from engine.config import UserError
 from evaluation.adversarials import load_adversarials
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import units_of
-from evaluation.robust import attack_all, duration, shard, trace_places
+from evaluation.robust import Bench, attack_all, duration, shard, trace_places
 from evaluation.suites import member
 from evaluation.targets import target_of
 from metrics.confusion import confusion
@@ -189,6 +191,26 @@ def test_routes_are_recorded(tmp_path):
     assert set(flips) == {0.0, 1.0}
 
 
+def test_shares_of_a_soft_gate_are_its_weights_whatever_made_them(tmp_path):
+    """Decided by a temperature, though its logits are close together."""
+
+    class Sharp(toy.Mixture):
+        def route(self, gate_logits):
+            return (gate_logits / 0.1).softmax(dim=2)
+
+    model = Sharp(toy.Net(0), toy.Net(1))
+    (scene,) = toy.scenes(toy.IMAGES)
+    bench = Bench(target_of("sharp", model), scene, toy.setup(), torch.device("cpu"))
+    found = bench.score(scene.images)
+    assert torch.allclose(*(torch.tensor(found[key]) for key in ("shares", "weights")), atol=1e-6)
+    weights = torch.tensor(found["weights"])[:, 0, :, 0].double()
+    expected = torch.special.entr(weights).sum(dim=1)
+    assert torch.allclose(torch.tensor(found["entropy"]).double(), expected, atol=1e-4)
+    assert 0.01 < expected.max() < 0.3 and min(found["margin"]) < 0.5
+    score = SCORES["gate_entropy"](listen(model, scene.images))
+    assert torch.allclose(score.double(), expected / math.log(2), atol=1e-4)
+
+
 def test_batches_and_order_of_targets_change_no_count(tmp_path):
     def counts(folder, size):
         attack_all(folder / "ledger", toy.scenes(size), toy.targets(), toy.members(), toy.setup(), log=str)
@@ -217,6 +239,9 @@ def test_processes_share_the_batches_and_the_last_one_knows(tmp_path, monkeypatc
             assert not toy.run(tmp_path / "both")
 
     assert toy.run(tmp_path / "both", log=other_process)
+    for rank, writes in (("0", True), ("1", False)):  # of what is complete already, one writes the tables
+        monkeypatch.setenv("RANK", rank)
+        assert toy.run(tmp_path / "both") == writes
     monkeypatch.setenv("RANK", "2")
     with pytest.raises(UserError, match="RANK 2 of WORLD_SIZE 2"):
         shard()

@@ -52,18 +52,48 @@ def trap(gate):
     )
 
 
-def test_the_first_images_of_a_batch_are_checked_at_the_largest_eps(monkeypatch):
+def test_the_first_batch_with_labels_is_checked_at_the_largest_eps(monkeypatch):
     seen = []
     monkeypatch.setattr(checks, "check_targets", lambda *given: seen.append(given) or ["found"])
     names = tuple(f"frame {place}" for place in range(COUNT))
     setup = Setup(tuple("abcd"), (1 / 255, 8 / 255, 2 / 255), norm="l2", ignore_index=7)
     scene, pair = Scene(IMAGES, LABELS, names, names), [target(network())]
-    assert checks.check_first(scene, pair, {"net": ["a member"]}, setup, torch.device("cpu")) == ["found"]
+    void = Scene(IMAGES.flip(0), torch.full_like(LABELS, 7), names, names)
+    given = pair, {"net": ["a member"]}, setup, torch.device("cpu")
+    assert checks.check_first([void, scene], *given) == ["found"]
     ((targets, images, labels, threat, own),) = seen
     assert targets is pair and own == {"net": ["a member"]}
-    assert torch.equal(images, IMAGES[:2]) and torch.equal(labels, LABELS[:2])
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
     assert (threat.eps, threat.norm, threat.ignore_index) == (8 / 255, "l2", 7)
-    assert len(set(threat.seeds)) == 2
+    assert len(set(threat.seeds)) == COUNT
+
+
+def test_of_a_batch_those_images_are_checked_that_can_tell_something():
+    labels = LABELS.repeat(2, 1, 1)
+    labels[:3] = 255  # nothing to say
+    threat = Threat(8 / 255, seeds=tuple(range(10, 16)))
+    for right, places in (([0] * 6, [3, 4]), ([0, 0, 0, 0, 5, 1], [4, 5]), ([0, 0, 0, 0, 0, 9], [3, 5])):
+        images, own, attacked = checks.chosen(torch.tensor(right), IMAGES.repeat(2, 1, 1, 1), labels, threat)
+        assert torch.equal(own, labels[places]) and attacked.seeds == tuple(10 + place for place in places)
+        assert torch.equal(images, IMAGES.repeat(2, 1, 1, 1)[places])
+
+
+@pytest.mark.parametrize("spoilt", [range(0), range(2), range(COUNT)], ids=["none", "two", "all"])
+def test_images_that_tell_nothing_hide_no_fault(spoilt):
+    """A network without any gradient, with images that are void or that it gets wrong."""
+    hidden = target(lambda images: network()(images.round()))
+    right = network()(IMAGES.round()).argmax(dim=1)
+    for instead in (torch.full_like(right, 255), (right + 1) % CLASSES):
+        labels = right.clone()
+        labels[list(spoilt)] = instead[list(spoilt)]
+        images, labels, seeds = IMAGES.repeat(2, 1, 1, 1), labels.repeat(2, 1, 1), tuple(range(2 * COUNT))
+        own = {"net": QUICK("single", 1)}
+        threat = Threat(8 / 255, seeds=seeds, class_weights=torch.ones(CLASSES))
+        found = severities(checks.check_targets([hidden], images, labels, threat, own))
+        said = {found["unavailable gradients"], found["unconstrained attack"]}
+        assert said == ({"note"} if len(spoilt) == COUNT else {"flag"})
+        void = len(spoilt) == COUNT and (labels == 255).all()
+        assert found["active test"] == ("note" if void else "flag")
 
 
 def test_a_sound_network_raises_no_flag_and_every_check_has_spoken():
@@ -191,7 +221,7 @@ def test_gradients_of_images_that_are_wrong_anyway_are_not_asked_for():
     (finding,) = checks.unavailable_gradients(
         target(lambda images: 1e30 * network()(images)), IMAGES, wrong, THREAT
     )
-    assert finding.severity == "ok"
+    assert finding.severity == "note" and "no image has a right pixel" in finding.text
 
 
 def test_answers_that_noise_changes_fire_unstable_predictions():

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from evaluation.ledger import read_units
+from evaluation.ledger import read_manifest, read_units
+from evaluation.robust_results import RobustResults
 from evaluation.telemetry import component_rows, telemetry_rows
 from tests.evaluation import robust_toy as toy
 
@@ -93,8 +94,8 @@ def test_the_component_table():
         "clean": (17 / 20, 2),
         "model": ((3 + 2) / 20, 2),  # a under pgd, b under joint
         "expert road, attacked by itself": (5 / 20, 2),
-        "route changed by some attack": (0.5, 2),
-        "route undecided: no attack changed it": (0.5, 2),
+        "route changed at a recorded point": (0.5, 2),
+        "route undecided: at no recorded point": (0.5, 2),
         "model, route changed": (0.3, 1),
         "model, route not changed": (0.2, 1),
         "best single expert of each image, same images": ((6 + 4) / 20, 2),
@@ -102,8 +103,28 @@ def test_the_component_table():
     }
 
 
+def test_components_are_of_every_point_inside_the_ball():
+    """Of both incumbents, and of those at smaller eps."""
+    more = {"expert_right": [1, 1], "settings": {"name": "pgd"}}
+    points = [
+        record("b", "pgd", 1, one_site(1.0, 0.0), flips=1.0, incumbent="balanced", **more),
+        record("a", "pgd", 2, one_site(1.0, 0.0), eps=0.05, **more),
+        record("b", "pgd", 8, one_site(0.0, 1.0), eps=0.05, **more),
+        record("a", "pgd", 0, one_site(1.0, 0.0), eps=0.2, **more),
+        record("b", "pgd", 0, one_site(0.0, 1.0), eps=0.2, **more),
+    ]
+    rows = list(component_rows([*RECORDS, *points], KINDS, EXPERTS))
+    found = {(row["eps"], row["part"]): row["value"] for row in rows}
+    assert [found[eps, "model"] for eps in (0.05, 0.1, 0.2)] == [(2 + 8) / 20, (2 + 1) / 20, 0]
+    changed = [found[eps, "route changed at a recorded point"] for eps in (0.05, 0.1, 0.2)]
+    assert changed == [0, 1, 1]
+    assert (0.05, "expert road, attacked by itself") not in found
+
+
 def test_a_hard_gate_is_its_routed_expert_so_between_the_best_and_the_worst(tmp_path):
     toy.run(tmp_path)
+    ledger = tmp_path / "ledger"
+    results = RobustResults(read_manifest(ledger), read_units(ledger))
     records = [one for own in read_units(tmp_path / "ledger").values() for one in own]
     seen = 0
     for one in records:
@@ -119,7 +140,8 @@ def test_a_hard_gate_is_its_routed_expert_so_between_the_best_and_the_worst(tmp_
         rows = {row["part"]: row["value"] for row in component_rows(records, kinds) if row["eps"] == eps}
         best, worst = (rows[f"{name} single expert of each image, same images"] for name in ("best", "worst"))
         assert worst <= rows["model"] <= best and rows["model"] <= rows["clean"]
-        assert rows["route changed by some attack"] + rows["route undecided: no attack changed it"] == 1
+        assert rows["model"] == results.worst("gate", eps, "adaptive").figures["aacc"].value
+        assert rows["route changed at a recorded point"] + rows["route undecided: at no recorded point"] == 1
 
 
 def test_what_is_not_finite_in_a_record_is_nan_and_nothing_else():

@@ -267,6 +267,9 @@ def test_attacks_that_know_the_gate_are_for_rows_with_one_and_adaptive(workshop)
 @pytest.mark.parametrize("dry", [True, False])
 def test_a_transfer_that_a_row_cannot_take_is_told_before_any_work(workshop, dry):
     config = attacked(workshop, name="refused", transfer={"name": "joint", "steps": 3})
+    alone = attacked(workshop, name="alone", attack_rows=["day"], transfer={"name": "fgsm"})
+    with pytest.raises(UserError, match="evaluate.transfer: there is one row; .* name more"):
+        workshop.evaluate(alone, dry_run=dry)
     with pytest.raises(UserError, match="evaluate.transfer: joint is for routed models, and row day is none"):
         workshop.evaluate(config, dry_run=dry)
     assert not workshop.run("refused").exists()
@@ -274,11 +277,11 @@ def test_a_transfer_that_a_row_cannot_take_is_told_before_any_work(workshop, dry
 
 def test_a_transfer_that_weighs_classes_gets_the_pixels_of_the_data(workshop):
     balanced = {"name": "pgd", "loss": "balanced_masked_ce", "steps": 2}
-    config = workshop.load(attacked(workshop, transfer=balanced, attack_rows=["day"]))
+    config = workshop.load(attacked(workshop, transfer=balanced, attack_rows=["day", "night"]))
     index = config.data.build()
     zoo = load_zoo(config, index)
     del zoo.networks["day"].metadata["class_pixels"]
-    ((day,), _) = attacked_rows(config, index, zoo)
+    ((day, _), _) = attacked_rows(config, index, zoo)
     assert len(day.class_pixels) == len(index.classes)
 
 
