@@ -36,7 +36,7 @@ def cifar(
     root: holds cifar-10-batches-bin/ (cifar-100-binary/) as unpacked from the official archive, or is that folder;
         or train/CLASS/*.png|jpg and test/CLASS/*, also packed as train.tar.gz and test.tar.gz.
     classes: 10, or 100 (the fine labels).
-    val_images: taken out of train, the same number of each class, by a hash of val_seed and the image's name.
+    val_images: taken out of train, as many of each class (rounded down), by a hash of val_seed and the image's name.
     val_seed: of the choice of these.
 
     UserError for missing, short or damaged files. A small set in the binary layout, with no file of official length

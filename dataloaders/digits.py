@@ -14,7 +14,7 @@ def digits(
     """scikit-learn's digits, 8x8 in grey.
 
     test_images: the last ones of the file, written by other people than the first.
-    val_images: out of the others, the same number of each class.
+    val_images: out of the others, as many of each class (rounded down).
     val_seed: of the choice of these.
 
     Images are [1, 8, 8] with values of 0 to 255 (level / 16); an eps is in units of these pixels. UserError for more

@@ -24,7 +24,10 @@ from dataloaders.image_set import ImageSplit
 from engine.config import UserError
 from engine.disk import locked, progress, write_at
 
-VERSION = 1  # raise it when the same files give other bytes
+VERSION = 2  # raise it when the same files give other bytes
+AS_STORED = (
+    cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+)  # no turning by EXIF, as others read these data sets
 ENDINGS = (".png", ".jpg", ".jpeg")
 CHECKED = (
     50_000  # decoded images whose bytes are compared when they are opened, evenly spread; all of small sets
@@ -217,25 +220,35 @@ def damage_of(folder: Path, shape: tuple[int, ...]) -> str:
 
 
 def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder: Path, title: str) -> None:
-    """Into a temporary folder that is renamed at the end, when each image is in it."""
+    """Into a temporary folder that is renamed at the end, when each image is in it. It stays where the process is
+    stopped, and the next one goes on in it."""
     building = folder.with_suffix(".building")
-    for old in (building, folder):
-        shutil.rmtree(old, ignore_errors=True)
-    building.mkdir()
+    shutil.rmtree(folder, ignore_errors=True)
+    building.mkdir(exist_ok=True)
     began, shape = time.monotonic(), (len(names), 3, size, size)
-    rows, sums = {name: row for row, name in enumerate(names)}, [None] * len(names)
+    rows, sums = {name: row for row, name in enumerate(names)}, decoded_before(building, shape)
+    left = [name for name, crc32 in zip(names, sums, strict=True) if crc32 is None]
+    if len(left) < len(names):
+        say(f"decoding {title}: going on after {len(names) - len(left)} of {len(names)} images")
     try:
-        with open(building / "images.npy", "wb", buffering=0) as file:
-            file.write(npy_header(shape))
-            for name, content in progress(source.read(names), len(names), f"decoding {title}", say, "image"):
-                image = np.ascontiguousarray(decode(content, size, f"{title}: {name}"))
-                sums[rows[name]] = zlib.crc32(image)
-                write_at(file.fileno(), image, len(npy_header(shape)) + rows[name] * image.nbytes)
+        images, done = building / "images.npy", building / "done"
+        with (
+            open(images, "r+b" if images.exists() else "wb", buffering=0) as file,
+            open(done, "a") as journal,
+        ):
+            write_at(file.fileno(), np.frombuffer(npy_header(shape), np.uint8), 0)
+            for name, content in progress(source.read(left), len(left), f"decoding {title}", say, "image"):
+                image, row = np.ascontiguousarray(decode(content, size, f"{title}: {name}")), rows[name]
+                write_at(file.fileno(), image, len(npy_header(shape)) + row * image.nbytes)
+                sums[row] = zlib.crc32(image)
+                journal.write(f"{row} {sums[row]}\n")
+                journal.flush()
         if missing := [name for name, crc32 in zip(names, sums, strict=True) if crc32 is None]:
             raise UserError(f"{title}: {many(missing, 'image')} missing, of {len(names)}: {listed(missing)}")
         (building / "meta.json").write_text(json.dumps({"crc32": sums}))
+        done.unlink()
         building.rename(folder)
-    except BaseException:
+    except Exception:  # not where it is stopped from outside
         shutil.rmtree(building, ignore_errors=True)
         raise
     say(
@@ -243,9 +256,25 @@ def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder
     )
 
 
+def decoded_before(building: Path, shape: tuple[int, ...]) -> list[int | None]:
+    """CRC-32 of each image that a process which was stopped has left there whole, None of the others."""
+    sums: list[int | None] = [None] * shape[0]
+    if not (building / "done").exists() or not (building / "images.npy").exists():
+        return sums
+    size, start = math.prod(shape[1:]), len(npy_header(shape))
+    with open(building / "images.npy", "rb", buffering=0) as file:
+        for line in (building / "done").read_text().splitlines():
+            row, _, crc32 = line.partition(" ")
+            if not (row.isdigit() and crc32.isdigit() and int(row) < len(sums)):
+                continue  # torn
+            if zlib.crc32(os.pread(file.fileno(), size, start + int(row) * size)) == int(crc32):
+                sums[int(row)] = int(crc32)
+    return sums
+
+
 def decode(content: bytes, size: int, what: str) -> np.ndarray:
     """RGB uint8 [3, size, size]; grey images get three equal channels."""
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR) if content else None
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), AS_STORED) if content else None
     if image is None:
         raise UserError(f"{what}: is no image that can be read")
     height, width = image.shape[:2]

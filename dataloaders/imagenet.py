@@ -29,7 +29,7 @@ def imagenet(
     root: the unpacked Kaggle archive (ILSVRC/Data/CLS-LOC/train/WNID/*, a flat val/ and LOC_val_solution.csv); or
         train/WNID/* and val/WNID/*; or train.lmdb and val.lmdb, packed by python -m dataloaders.imagenet ROOT OUT.
     edge: images are decoded to edge x edge: the shorter edge is resized to it, then the middle is taken.
-    val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
+    val_images: taken out of train, as many of each class (rounded down); the official val, with labels, is our test.
     val_seed: of the choice of these.
 
     UserError for missing or damaged files, and for a val/ with other images than LOC_val_solution.csv."""

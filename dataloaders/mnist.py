@@ -24,7 +24,7 @@ def mnist(
     """MNIST, 28x28 in grey.
 
     root: holds train-images-idx3-ubyte and train-labels-idx1-ubyte, and t10k-..., each as .gz or unpacked.
-    val_images: taken out of train, the same number of each class.
+    val_images: taken out of train, as many of each class (rounded down).
     val_seed: of the choice of these.
     test_share: where root has no train files: this share of t10k, its last images, stays test; the others are train.
 

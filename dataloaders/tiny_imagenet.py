@@ -17,7 +17,7 @@ def tiny_imagenet(
 
     root: the unpacked tiny-imagenet-200: wnids.txt, train/WNID/images/*.JPEG, val/images/*.JPEG with
         val/val_annotations.txt; or val/WNID/*, and archives train.tar.gz and val.tar.gz, with any number of classes.
-    val_images: taken out of train, the same number of each class; the official val, which has labels, is our test.
+    val_images: taken out of train, as many of each class (rounded down); the official val, with labels, is our test.
     val_seed: of the choice of these.
 
     UserError for missing or damaged files, and for a val/ with other images than val_annotations.txt."""

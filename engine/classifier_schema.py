@@ -78,6 +78,16 @@ class RouterTraining(Section):
     optimizer: Optimizer | None = Field(None, description="of the router; null: train.optimizer")
     schedule: Schedule | None = Field(None, description="of the router's rate; null: train.schedule")
 
+    @classmethod
+    def cross_checks(cls, data: dict) -> list[Mistake]:
+        if number_or_none(data.get("beta", 1)) != 0 or data.get("target") == "task":
+            return []
+        if data.get("target") == "none" and not number_or_none(data.get("balance")):
+            told = "0 beside target: none and balance: 0 leaves the router nothing to learn"
+        else:
+            told = "0 leaves the attack on the router without effect; take more, or target: task"
+        return [Mistake(("beta",), told)]
+
 
 class ClassifierTrain(BasicTrain):
     """How a classifier is trained. eps and steps are those of the training attack, for pixels in [0, 1]."""
@@ -194,8 +204,9 @@ class ClassifierEvaluate(Section):
     )
     pathways: Bool = Field(
         True,
-        description="attack every pathway of a mixture as a network by itself, too: rows of their own, and AutoAttack "
-        "on each; not of one that weighs several for an image (top_k)",
+        description="attack every pathway of a mixture as a network by itself, too: rows of their own where an image "
+        "takes one for all layers (granularity: model), and AutoAttack on each; not of one that weighs several for an "
+        "image (top_k)",
     )
     autoattack: NonNegativeInt = Field(
         0,

@@ -59,8 +59,9 @@ def classifier_members(
 ) -> list[Member]:
     """The members of a suite for a kind of target, the common ones first; none for suite none.
 
-    active: as in Target. beside: network passes of the whole suite of the mixtures that a single network stands beside, which it is to
-    have as well; 0: each attack begins once. UserError for an unknown suite, and for ensembles."""
+    active: as in Target. beside: network passes of the whole suite of the mixtures that a single network stands
+    beside, which it is to have as well; 0: each attack begins once.
+    UserError for an unknown suite, and for ensembles."""
     if suite not in NAMES:
         raise UserError(f"suite: {suite!r} is unknown; allowed: {', '.join(NAMES)}")
     if suite == "none":
@@ -72,8 +73,7 @@ def classifier_members(
         )
     own = SUITES[suite]
     common = [
-        member(name, one, "common", kind, num_experts, active=active)
-        for name, one in own.common.items()
+        member(name, one, "common", kind, num_experts, active=active) for name, one in own.common.items()
     ]
     if kind == "single":
         once = [member(name, one, "adaptive", kind, 1) for name, one in own.single.items()]
@@ -85,8 +85,7 @@ def classifier_members(
         for name, runs in own.routed.items()
     }
     return common + [
-        member(name, one, "adaptive", kind, num_experts, active=active)
-        for name, one in routed.items()
+        member(name, one, "adaptive", kind, num_experts, active=active) for name, one in routed.items()
     ]
 
 

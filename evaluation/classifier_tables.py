@@ -40,6 +40,10 @@ AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
 WORST_OF_ALL = "worst of all"  # of our suite, AutoAttack, and AutoAttack on pathways
 BESIDE = "AutoAttack beside our suite"
 MOST_LABELS = 20  # of which each has a line in a table
+SEVERAL = (
+    " An image that takes several experts, at one site or another, is that of the one which most of its sites take, of "
+    "equals the first."
+)
 ROUTE_COLUMNS = ("model", "label", "expert", "images")
 OF_ATTACKS = ("robustness.md", "checks.csv", "timing.csv", "telemetry.csv")  # tables that only attacks have
 SETTLED = 0.005  # of validation's robust accuracy: a training that still rose by as much had not ended
@@ -163,7 +167,8 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
     if routed and len(clean.classes) > MOST_LABELS:
         return "\n".join([*lines, "", "Images of each label that take each expert: routes.csv."]) + "\n"
     for model, own in routed.items():
-        lines += ["", f"## {model}: images of each label that take each expert", ""]
+        sites = "" if own.routes.shape[1] == 1 else " at most sites"
+        lines += ["", f"## {model}: images of each label that take each expert{sites}", ""]
         table = labels_by_expert(own, clean.labels, len(clean.classes))
         shown = [
             [name, *map(str, row)]
@@ -200,6 +205,8 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
     return [
         "load: share of images and sites. Oracle and worst route: images that some, or that all, of the constant "
         "routes have right; no router that sends an image one way can be outside of these."
+        + SEVERAL
+        * any(own.routes is not None and own.routes.shape[1] > 1 for own in routed.values())
         + " A mixture that weighs several experts for an image takes none of these routes; load is the share of the "
         "weight there." * mixed,
         "",

@@ -1,6 +1,7 @@
 """What classifiers say of clean images, and every figure that follows from it: accuracy, routes, swapped routers."""
 
 import io
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,10 +161,16 @@ def labels_by_expert(found: Answers, labels: np.ndarray, classes: int) -> np.nda
 
 
 def save_answers(
-    path: str | Path, names: np.ndarray, labels: np.ndarray, found: Mapping[str, Answers]
+    path: str | Path, names: np.ndarray, labels: np.ndarray, found: Mapping[str, Answers], of: str = ""
 ) -> None:
-    """per_image.npz: names, labels, and of each model MODEL/ranked, MODEL/routes, ..., written atomically."""
-    arrays = {"names": np.asarray(names), "labels": labels, "models": np.asarray(list(found))}
+    """per_image.npz: names, labels, and of each model MODEL/ranked, MODEL/routes, ..., written atomically. of: a digest
+    of what they follow from."""
+    arrays = {
+        "names": np.asarray(names),
+        "labels": labels,
+        "models": np.asarray(list(found)),
+        "of": np.asarray(of),
+    }
     for model, own in found.items():
         arrays |= {f"{model}/{key}": value for key, value in vars(own).items() if value is not None}
     buffer = io.BytesIO()
@@ -171,13 +178,22 @@ def save_answers(
     atomic_write(path, buffer.getvalue())
 
 
+def source_of_answers(path: str | Path) -> str:
+    """The digest of what a per_image.npz follows from, "" where it has none or can't be read."""
+    try:
+        with np.load(path) as file:
+            return str(file["of"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        return ""
+
+
 def load_answers(path: str | Path) -> tuple[np.ndarray, np.ndarray, dict[str, Answers]]:
     """(names [N], labels [N], answers by model) of a per_image.npz."""
     with np.load(path) as file:
         models = file["models"].tolist()
-        keys = {model: [key for key in file.files if key.startswith(f"{model}/")] for model in models}
+        keys = [key.rpartition("/") for key in file.files]  # the name of a row may have a / as well
         found = {
-            model: Answers(**{key.removeprefix(f"{model}/"): file[key] for key in own})
-            for model, own in keys.items()
+            model: Answers(**{key: file[f"{model}/{key}"] for row, _, key in keys if row == model})
+            for model in models
         }
         return file["names"], file["labels"], found

@@ -1,8 +1,10 @@
-"""The results table as an evaluation prints it: mIoU by row and subset, the paper's rows first."""
+"""What an evaluation prints: its results table, mIoU by row and subset, and notes."""
 
 import math
 from collections.abc import Iterable, Sequence
 
+from engine.schema import ROBUST_EPS
+from engine.sections import Section
 from evaluation.formats import aligned, in_brackets, percent, points
 from evaluation.intervals import COMPARED, Intervals, clean_estimates, difference_rows
 from evaluation.results import KINDS, Results, main_subset
@@ -17,6 +19,10 @@ HEADINGS = {
     "ceiling": "ceilings: may look at the label",
     "floor": "floor",
 }
+
+ATTACK_KEYS = (
+    "eps", "norm", "attack_rows", "attack_images", "attack_batch_size", "attack_seed", "attack_checks", "pathways",
+)  # fmt: skip
 
 
 def results_table(results: Results, subsets: Sequence[str], first: Sequence[str]) -> str:
@@ -78,3 +84,16 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     for line in lines:
         texts += ["", line[0]] if len(line) == 1 else [next(table)]
     return texts
+
+
+def note_idle(settings: Section, attacked: bool) -> None:
+    """Names on the terminal the keys of attacks that a config sets, where nothing attacks. What only another key would
+    make use of is refused with the config; here `suite: none` may have turned all attacks off at once."""
+    fields = type(settings).model_fields
+    idle = [
+        f"evaluate.{key}"
+        for key in ATTACK_KEYS
+        if key in fields and getattr(settings, key) not in (fields[key].default, list(ROBUST_EPS))
+    ]
+    if idle and not attacked:
+        print(f"note: nothing attacks here (evaluate.suite: none), so {', '.join(idle)} do nothing")

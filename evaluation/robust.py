@@ -263,14 +263,15 @@ class Bench:
     def _routing(self, points: Tensor) -> dict[str, list]:
         """Of a routed model, per image: "weights" [S, E, K], means over the grid, "route" [S, K], the expert with
         the largest one, "shares" [S, E, K], the weights of a soft gate, of a hard one softmax(gate logits), "flips",
-        the share of routing places with another best expert than on the clean image, "margin" and "least_margin", the
-        mean and the least lead of the best gate logit over the second, "entropy", the mean of that of the shares, in
-        nats, "expert_right" [E], the right pixels with all weight on one expert, and "gate_free", those that all
-        weights of the gate's kind leave right (see evaluation.floor), or in words why that is not known."""
+        the share of routing places with another best expert (of the k best: another set) than on the clean image,
+        "margin" and "least_margin", the mean and the least lead of the best gate logit over the second, "entropy", the
+        mean of that of the shares, in nats, "expert_right" [E], the right pixels with all weight on one expert, and
+        "gate_free", those that all weights of the gate's kind leave right (see evaluation.floor), or in words why that
+        is not known."""
         seen = look_inside(self.target.model, points)
         gate_logits = seen.gate_logits  # [S, B, E, K, h, w]
         if self._clean_route is None:
-            self._clean_route = self.target.model.gate_logits(self.images).argmax(dim=2)
+            self._clean_route = self._taken(self.target.model.gate_logits(self.images))
         logs = preferences(self.target.model, seen).log_softmax(dim=2)
         weights, shares = (
             one.mean(dim=(-2, -1)).transpose(0, 1) for one in (seen.weights, logs.exp())
@@ -278,9 +279,8 @@ class Bench:
         alone = [
             scores(one, self.labels, self.setup.ignore_index)[0] for one in experts_alone(seen).unbind(1)
         ]
-        flips = (
-            (gate_logits.argmax(dim=2) != self._clean_route).double().transpose(0, 1).flatten(1).mean(dim=1)
-        )
+        flips = (self._taken(gate_logits) != self._clean_route).any(dim=2)
+        flips = flips.double().transpose(0, 1).flatten(1).mean(dim=1)
         floor = gate_free_floor(self.target.model, points, self.labels, self.setup.ignore_index, seen)
         gap = torch.zeros_like(gate_logits[:, :, 0])
         if gate_logits.shape[2] > 1:
@@ -303,6 +303,11 @@ class Bench:
             "least_margin": rounded(gap.amin(dim=1).tolist()),
             "entropy": rounded(entropy.transpose(0, 1).flatten(1).mean(dim=1).tolist()),
         }
+
+    def _taken(self, gate_logits: Tensor) -> Tensor:
+        """The experts, bool like gate logits [S, B, E, K, h, w], that are best: one, or all that a pass runs."""
+        best = gate_logits.topk(max(self.target.active, 1), dim=2).indices
+        return torch.zeros_like(gate_logits, dtype=torch.bool).scatter(2, best, True)
 
 
 def about_unit(target: Target, member: Member, eps: float, setup: Setup) -> Record:

@@ -111,9 +111,7 @@ def count_passes(
     classes."""
     classes = min(num_classes, MOST_CLASSES)
     size = size or (max(classes, CLASSES), 2)  # a row of pixels for each class
-    return _count(
-        attack.table, canonical(attack.plain()), kind, num_experts, size, active, classes, norm
-    )
+    return _count(attack.table, canonical(attack.plain()), kind, num_experts, size, active, classes, norm)
 
 
 @cache

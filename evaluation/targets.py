@@ -76,7 +76,9 @@ def target_of(
     pixels = None if class_pixels is None else tuple(int(count) for count in class_pixels)
     fingerprint = {**about, **fingerprint_of(model)}
     num_experts = experts_of(model, kind)
-    return Target(name, kind, model, num_experts, fingerprint, role, pixels, active_of(model, kind, num_experts))
+    return Target(
+        name, kind, model, num_experts, fingerprint, role, pixels, active_of(model, kind, num_experts)
+    )
 
 
 def kind_of(model: Callable) -> Kind:

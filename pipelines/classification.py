@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataloaders.command import listed
 from dataloaders.image_batches import EvalBatches, ImageBatch, TrainBatches, images_of
 from dataloaders.image_set import ImageSet, ImageSplit
 from engine.arithmetic import layout_of
@@ -86,15 +87,16 @@ def build(config: Classification, images: ImageSet) -> nn.Module:
     seed_everything(config.train.seed, config.train.deterministic)
     model = config.network.build(images.num_classes)
     if config.train.start_from:
-        start(model, config)
+        start(model, config, images)
     return model
 
 
-def start(model: nn.Module, config: Classification) -> None:
+def start(model: nn.Module, config: Classification, images: ImageSet) -> None:
     """Weights of another run, or of an export; with train.start_head: fresh all but those of the last layer. UserError
-    where they are of another network."""
+    where they are of another network, or of one that normalises otherwise, and where the last layer is of other
+    classes."""
     source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
-    tensors, _ = load_weights(source)
+    tensors, metadata = load_weights(source)
     own, head = model.state_dict(), last_layer(model)
     wrong = [name for name in differing(own, tensors) if not (fresh and name in head)]
     if wrong:
@@ -102,6 +104,19 @@ def start(model: nn.Module, config: Classification) -> None:
         raise UserError(
             f"train.start_from: {source} is of another network, {len(wrong)} tensors differ "
             f"({', '.join(wrong[:3])}){way_out}"
+        )
+    for key in ("mean", "std"):
+        here, there = (one[f"entry.normalize.{key}"].flatten().tolist() for one in (own, tensors))
+        if here != there:
+            here, there = ([round(value, 6) for value in values] for values in (here, there))
+            raise UserError(
+                f"network.{key}: {here} is not that of train.start_from: {source} was trained with {there}; take "
+                "the same"
+            )
+    if not fresh and metadata["classes"] != list(images.classes):
+        raise UserError(
+            f"train.start_from: {source} was trained on other classes ({listed(metadata['classes'])}) than those of "
+            f"{images.name} ({listed(images.classes)}); train.start_head: fresh trains a new last layer"
         )
     model.load_state_dict({**tensors, **{name: own[name] for name in head if fresh}})
 
@@ -113,9 +128,11 @@ def last_layer(model: nn.Module) -> list[str]:
 
 
 def describe_start(config: Classification, model: nn.Module) -> list[str]:
-    """For people: that the last layer is a new one."""
-    if config.train.start_head != "fresh":
+    """For people: where the first weights are from, and whether the last layer is a new one."""
+    if not config.train.start_from:
         return []
+    if config.train.start_head != "fresh":
+        return [f"starts from {config.train.start_from}"]
     there = len(load_metadata(weights_file(config.train.start_from))["classes"])
     layer = last_layer(model)[0].removesuffix(".weight")
     return [

@@ -1,6 +1,7 @@
 """Evaluation of classifiers: every model of a config on clean images, under a suite of attacks and under AutoAttack."""
 
 import csv
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,9 @@ from evaluation.classifier_tables import (
     read_clean,
     write_classifier_tables,
 )
-from evaluation.classifiers import ANSWERS, answers, save_answers
+from evaluation.classifiers import ANSWERS, answers, save_answers, source_of_answers
+from evaluation.console import note_idle
+from evaluation.ledger import digest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all, begin, is_complete, shard
 from evaluation.suites import (
@@ -43,7 +46,7 @@ from evaluation.suites import (
     refuse_for_classifiers,
 )
 from evaluation.target_checks import check_first
-from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of
+from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of, with_answers
 from pipelines.classifier_costs import cost_of
 from pipelines.models import Trained, built_external, load_classifier, require_classes, require_network
 from pipelines.seen_images import refuse_seen
@@ -87,6 +90,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     for one in models.values():
         one.network.to(device, memory_format=torch.channels_last)
     about = {name: about_of(one, images) for name, one in models.items()}
+    note_idle(settings, suite_asked(settings) or settings.autoattack > 0)
     split = images.split(settings.split)
     works = works_of(config, images, models, attacked_images(split, settings))
     if options.dry_run:
@@ -96,8 +100,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     for one in works:
         begin(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
     if shard()[0] == 0:
-        for name in ("results.csv", ANSWERS):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "results.csv").unlink(missing_ok=True)
         clean_pass(config, split, models, device)
     for one in works:
         attack_all(folder / one.folder, *one.parts, device=device, replace=options.overwrite)
@@ -217,8 +220,14 @@ def design_of(network: Mapping) -> str:
 def clean_pass(
     config: ClassifierEvaluation, split: ImageSplit, models: Mapping[str, Loaded], device: torch.device
 ) -> None:
-    """Every model on all images of the split, in float32 as under attack; kept in per_image.npz."""
+    """Every model on all images of the split, in float32 as under attack; kept in per_image.npz, unless that is of the
+    very same already."""
     settings, folder = config.evaluate, folder_of(config)
+    of = clean_source(settings, split, models, device)
+    if (folder / ANSWERS).exists() and source_of_answers(folder / ANSWERS) == of:
+        print(f"clean images: done before, {folder / ANSWERS}")
+        return
+    (folder / ANSWERS).unlink(missing_ok=True)
     with exact_float32(device):
         found = {
             name: answers(
@@ -231,7 +240,26 @@ def clean_pass(
             for name, one in models.items()
         }
     atomic_write(folder / "config.yaml", dump(config.resolved()))
-    save_answers(folder / ANSWERS, np.asarray(split.names), split.labels, found)
+    save_answers(folder / ANSWERS, np.asarray(split.names), split.labels, found, of)
+
+
+def clean_source(
+    settings: ClassifierEvaluate, split: ImageSplit, models: Mapping[str, Loaded], device: torch.device
+) -> str:
+    """A digest of all that the answers to clean images depend on, to the bit."""
+    first = torch.from_numpy(np.ascontiguousarray(split.images[:1])).float().to(device) / 255
+    named = {name: target_of(name, one.network, **one.about) for name, one in models.items()}
+    content = 0
+    for start in range(0, len(split), settings.batch_size):
+        content = zlib.crc32(np.ascontiguousarray(split.images[start : start + settings.batch_size]), content)
+    return digest(
+        {
+            "models": {name: with_answers(one, first).identity for name, one in named.items()},
+            "images": [list(split.names), split.labels.tolist(), content],
+            "settings": [settings.batch_size, settings.images_seed],
+            "machine": [device.type, torch.get_num_threads(), torch.__version__],
+        }
+    )
 
 
 def batches_of(split: ImageSplit, size: int) -> Iterator[tuple[Tensor, int]]:
@@ -370,8 +398,7 @@ def members_of(
     """The attacks on each target: a plain network beside mixtures gets restarts for as many network passes as they
     take; a pathway begins once."""
     own = {
-        one.name: classifier_members(settings.suite, one.kind, one.num_experts, one.active)
-        for one in targets
+        one.name: classifier_members(settings.suite, one.kind, one.num_experts, one.active) for one in targets
     }
     beside = max((passes_of(own[one.name]) for one in targets if one.kind in ROUTED), default=0)
     refuse_for_classifiers(settings.attacks, "evaluate.attacks")

@@ -15,7 +15,7 @@ from engine.checkpoints import atomic_write
 from engine.config import Evaluation, Run, UserError, dump
 from engine.devices import own_gpu, pick_device
 from evaluation.ceilings import NO_CEILINGS, Ceilings, ceilings_for
-from evaluation.console import results_table
+from evaluation.console import note_idle, results_table
 from evaluation.corruptions import Corrupted
 from evaluation.evaluate import Sample, spread_frames
 from evaluation.evaluate import evaluate as evaluate_rows
@@ -53,6 +53,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     zoo = load_zoo(config, index)
     config = robustness.with_ladder(config, zoo)
     settings = config.evaluate
+    note_idle(settings, attacked)
     if options.dry_run:
         print(describe_zoo(config, zoo, frames))
         if corruptions.is_asked(settings):

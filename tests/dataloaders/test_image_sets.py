@@ -12,7 +12,7 @@ import pytest
 from dataloaders import IMAGE_SETS
 from dataloaders.cifar import BINARY, CIFAR10, cifar
 from dataloaders.digits import digits
-from dataloaders.image_files import Archive, Labelled, decoded
+from dataloaders.image_files import Archive, Folder, Labelled, damage_of, decode, decoded
 from dataloaders.image_set import ImageSet, ImageSplit, Picked, with_val
 from dataloaders.imagenet import imagenet
 from dataloaders.imagenet import main as pack_imagenet
@@ -194,6 +194,58 @@ def test_a_changed_file_is_decoded_again_and_damage_is_mended(tmp_path, capsys):
     path.write_bytes(content)
     mended, told = open_test()
     assert "1 of 40 images have other bytes; decoding again" in told and np.array_equal(mended, after)
+
+
+@pytest.mark.parametrize("archived", [False, True])
+@pytest.mark.parametrize("torn", [False, True])
+def test_decoding_that_was_stopped_goes_on(tmp_path, capsys, monkeypatch, archived, torn):
+    """A torn row, as a crash of the machine leaves it, is decoded again."""
+    root = class_folders(tmp_path / "data", ("train",), CIFAR10)
+    expected = {f"{name}/{name}_{number}.png": (place, number, 7)
+                for place, name in enumerate(CIFAR10) for number in range(4)}  # fmt: skip
+    source = Folder(root / "train")
+    if archived:
+        packed(root, "train")
+        source = Archive(root / "train.tar.gz")
+    files = [Labelled(name, 0) for name in expected]
+    asked = []
+
+    def until(last):
+        def one(content, size, what):
+            if len(asked) == last:
+                raise KeyboardInterrupt
+            asked.append(what)
+            return decode(content, size, what)
+
+        monkeypatch.setattr("dataloaders.image_files.decode", one)
+        return decoded(source, files, 32, tmp_path, "some")
+
+    with pytest.raises(KeyboardInterrupt):
+        until(25)
+    (building,) = (tmp_path / "images").glob("*.building")
+    if torn:
+        with open(building / "images.npy", "r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"\xff")
+        with open(building / "done", "a") as file:
+            file.write("39")
+    found = until(None)
+    assert len(asked) == 40 + torn and len(set(asked)) == 40
+    assert f"going on after {25 - torn} of 40 images" in capsys.readouterr().err
+    assert all((found.images[row, :, 0, 0] == color).all() for row, color in enumerate(expected.values()))
+    assert not list((tmp_path / "images").glob("*.building"))
+    assert damage_of(next((tmp_path / "images").glob("*/images.npy")).parent, found.images.shape) == ""
+
+
+def test_images_are_as_they_are_stored_whatever_exif_says(tmp_path):
+    image = np.zeros((16, 32, 3), np.uint8)
+    image[:, 16:] = 255
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"  # orientation 6
+    content = cv2.imencode(".jpg", image)[1].tobytes()
+    turned = content[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + content[2:]
+    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape == (32, 16, 3)
+    assert np.array_equal(decode(turned, 16, "x"), decode(content, 16, "x"))
+    assert decode(turned, 16, "x")[0, :, 0].max() < 20 < 235 < decode(turned, 16, "x")[0, :, -1].min()
 
 
 def test_files_that_are_no_images_or_of_no_class_are_named(tmp_path):

@@ -69,6 +69,22 @@ def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
     assert "images of each label" not in text and rows_of(tmp_path / "routes.csv") == []
 
 
+def test_where_routes_have_several_sites_the_tables_say_what_an_image_counts_for(tmp_path):
+    one, several = clean(), clean()
+    own = one.answers[MOE]
+    several.answers[MOE] = replace(own, routes=np.repeat(own.routes, 4, axis=1))
+    texts = []
+    for place, both in enumerate((one, several)):
+        write_classifier_tables(tmp_path / str(place), both, ABOUTS, "toy", {})
+        texts.append((tmp_path / str(place) / "classifiers.md").read_text())
+    assert (
+        f"## {MOE}: images of each label that take each expert\n" in texts[0]
+        and "most of its sites" not in texts[0]
+    )
+    assert f"## {MOE}: images of each label that take each expert at most sites\n" in texts[1]
+    assert "is that of the one which most of its sites take" in texts[1]
+
+
 def write(folder, names=(SUITE, AUTOATTACK)):
     ledgers = {}
     if SUITE in names:

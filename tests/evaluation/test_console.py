@@ -3,8 +3,11 @@
 import re
 
 import numpy as np
+import pytest
 
-from evaluation.console import results_table
+from engine.config import ClassifierEvaluate, Evaluate
+from engine.schema import ROBUST_EPS
+from evaluation.console import note_idle, results_table
 from evaluation.formats import percent
 from evaluation.intervals import clean_estimates
 
@@ -71,3 +74,25 @@ def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results
     compared, note = text.splitlines()[-2:]
     assert re.fullmatch(r"moe minus .* points \[[\d.]+, [\d.]+\]", compared)
     assert note == "[95 % intervals over 12 blocks of frames]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "idle"),
+    [
+        (
+            Evaluate,
+            {"suite": "none", "norm": "l2", "attack_images": "blocks"},
+            "norm, evaluate.attack_images do",
+        ),
+        (Evaluate, {"eps": list(ROBUST_EPS)}, None),  # what adversarial training sets by itself
+        (Evaluate, {}, None),
+        (ClassifierEvaluate, {"eps": [8 / 255], "pathways": False}, "eps, evaluate.pathways do"),
+    ],
+)
+def test_keys_of_attacks_that_do_nothing_are_named(capsys, kind, keys, idle):
+    settings = kind(**keys)
+    note_idle(settings, attacked=True)
+    assert capsys.readouterr().out == ""
+    note_idle(settings, attacked=False)
+    told = capsys.readouterr().out
+    assert told == "" if idle is None else f"so evaluate.{idle} nothing" in told

@@ -191,6 +191,25 @@ def test_routes_are_recorded(tmp_path):
     assert set(flips) == {0.0, 1.0}
 
 
+def test_a_route_of_the_k_best_is_another_where_any_of_them_is():
+    class Best(toy.Mixture):
+        conditional, top_k = True, 2
+
+        def gate_logits(self, images):
+            lead = images.mean(dim=(1, 2, 3)) - 0.5
+            return torch.stack([lead + 9, lead, -lead], dim=1)[None, :, :, None, None, None]
+
+    model = Best(toy.Net(0), toy.Net(1), toy.Net(2))
+    (scene,) = toy.scenes(toy.IMAGES)
+    target = target_of("best", model)
+    flips = {}
+    for active in (2, 1):
+        bench = Bench(replace(target, active=active), scene, toy.setup(), torch.device("cpu"))
+        assert bench.score(scene.images)["flips"] == [0.0] * toy.IMAGES
+        flips[active] = bench.score(1 - scene.images)["flips"]
+    assert target.active == 2 and flips == {2: [1.0] * toy.IMAGES, 1: [0.0] * toy.IMAGES}
+
+
 def test_shares_of_a_soft_gate_are_its_weights_whatever_made_them(tmp_path):
     """Decided by a temperature, though its logits are close together."""
 

@@ -257,6 +257,24 @@ def test_training_goes_on_from_an_exported_pathway(tmp_path):
     assert "which is new" not in (folder / "log.txt").read_text()
 
 
+def test_a_start_that_would_change_what_the_config_says_is_refused(tmp_path):
+    file = tmp_path / "other.safetensors"
+    model = CNN(10, **{key: value for key, value in PLAIN.items() if key != "name"})
+    images = config(tmp_path, PLAIN, method="trades").data.build(str(tmp_path / "cache"))
+    save_weights(file, model.state_dict(), {"classes": list(images.classes), "network": PLAIN})
+    for key, value in (("mean", [0.1]), ("std", [0.5])):
+        other = config(tmp_path, {**PLAIN, key: value * 3}, method="trades", start_from=str(file))
+        told = rf"network.{key}: \[{value[0]}.* is not that of train.start_from: .* trained with \[0.*; take the same"
+        with pytest.raises(UserError, match=told):
+            build(other, images)
+    save_weights(file, model.state_dict(), {"classes": list("abcdefghij"), "network": PLAIN})
+    kept = config(tmp_path, PLAIN, method="trades", start_from=str(file))
+    told = r"other classes \(a, b, c, d, e and 5 more\) than those of digits \(0, 1, .*start_head: fresh"
+    with pytest.raises(UserError, match=told):
+        build(kept, images)
+    build(config(tmp_path, PLAIN, method="trades", start_from=str(file), start_head="fresh"), images)
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "vgg16"])
 def test_other_classes_need_a_fresh_last_layer_that_the_config_asks_for(tmp_path, arch):
     network = {**PLAIN, "arch": arch, "enlarge": 2}
@@ -342,6 +360,15 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"epochs": "many"}, '^(?!.*train.monitor)(?s:.*)train.epochs: "many"'),
         ({"method": "advmo"}, "train.method: .*did you mean 'advmoe'"),
         ({"router": {"target": "labels"}}, "train.router.target"),
+        ({"router": {"beta": 0}}, "train.router.beta: 0 leaves the attack on the router without effect"),
+        (
+            {"router": {"target": "cluster", "beta": 0, "balance": 1}},
+            "train.router.beta: 0 leaves the attack on the router",
+        ),
+        (
+            {"router": {"target": "none", "beta": 0}},
+            "train.router.beta: 0 beside target: none .* nothing to learn",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other_are_refused(tmp_path, keys, told):

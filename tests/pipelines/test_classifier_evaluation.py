@@ -225,6 +225,25 @@ def test_interrupted_it_goes_on_and_another_config_is_refused_before_anything_ch
     bench.evaluate("whole", **WHOLE)
     printed = capsys.readouterr().out
     assert ", 0 to do here" in printed and tables(whole) == before
+    assert "clean images: done before" in printed
+
+
+def test_clean_images_are_asked_again_where_anything_is_another(bench, capsys):
+    clean = {"suite": "none", "autoattack": 0}
+
+    def done_before(**settings):
+        capsys.readouterr()
+        again = Options(device="cpu", overwrite=True)
+        bench.evaluate("asked", ("plain",), options=again, **{**clean, **settings})
+        return "clean images: done before" in capsys.readouterr().out
+
+    assert [done_before(), done_before(), done_before(images_seed=1), done_before(images_seed=1)] == [
+        False, True, False, True
+    ]  # fmt: skip
+    path = bench.at("asked") / "per_image.npz"
+    for broken in (b"", path.read_bytes()[:-9]):
+        path.write_bytes(broken)
+        assert not done_before(images_seed=1) and done_before(images_seed=1)
 
 
 def test_a_dry_run_tells_the_cost_and_changes_nothing(bench, capsys):

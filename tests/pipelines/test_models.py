@@ -7,7 +7,7 @@ import torch
 
 from engine.config import Gate, component
 from networks.moe import Frozen
-from pipelines.models import NETWORKS, Trained, build_mixture
+from pipelines.models import NETWORKS, Trained, build_mixture, load_network
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,39 @@ def test_every_key_of_the_section_reaches_the_mixture(experts):
 def test_a_per_class_spatial_gate_weighs_places_and_classes(experts):
     mixture = build_mixture(experts, Gate.model_validate({"type": "spatial", "per_class": True, "width": 4}))
     assert mixture.inspect(torch.rand(2, 3, 32, 48)).weights.shape == (2, 2, 3, 2, 3)
+
+
+def test_an_external_network_is_its_settings_and_the_contents_of_the_files_it_names(tmp_path):
+    """Not the places where these lie."""
+
+    def written(folder, scale, weights):
+        folder.mkdir()
+        (folder / "net.py").write_text(NET.format(scale=scale))
+        (folder / "w.pt").write_text(weights)
+        return folder
+
+    def identity(folder, **keys):
+        args = {"weights": str(folder / "w.pt"), **keys.pop("args", {})}
+        given = component(NETWORKS, "external", file=str(folder / "net.py"), args=args, **keys)
+        return load_network(given, "experts.guest", "abc").sha256
+
+    first = identity(written(tmp_path / "first", 1, "one"))
+    assert identity(written(tmp_path / "same", 1, "one")) == first
+    others = [
+        identity(written(tmp_path / "code", 2, "one")),
+        identity(written(tmp_path / "weights", 1, "two")),
+        identity(tmp_path / "first", args={"flip": True}),
+        identity(tmp_path / "first", function="other"),
+        identity(tmp_path / "first", stride=2),
+    ]
+    assert len({first, *others}) == 6
+
+
+NET = """
+def build(weights, flip=False):
+    return lambda images: {scale} * images
+
+
+def other(weights, flip=False):
+    return lambda images: -images
+"""

@@ -395,7 +395,7 @@ def test_frames_without_a_labelled_pixel_are_refused_before_any_work(workshop, t
 
 def test_a_class_is_hidden_by_its_name(workshop):
     def own(**settings):
-        config = workshop.load(attacked(workshop, attack_rows=["day"], **settings))
+        config = workshop.load(attacked(workshop, attack_rows=["day", "night"], **settings))
         index = config.data.build()
         _, members = attacked_rows(config, index, load_zoo(config, index))
         return [one.about for one in members["day"]]
