@@ -13,7 +13,7 @@ from attacks.search import Found, Search, Trial, scores
 from attacks.threat import Threat, is_ignored, random_point
 from engine.config import IGNORE, ClassId, Positive, PositiveInt, Probability, UserError
 
-VERSION = 3  # raised when it finds other images
+VERSION = 2  # raised when it finds other images
 FOR_LABEL_MAPS = True  # one label for an image is nothing that could be hidden in it
 
 

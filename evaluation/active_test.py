@@ -96,7 +96,7 @@ def implant(target: Target, images: Tensor, labels: Tensor, threat: Threat) -> I
     model = COPIES[kind](target.model, way, SCALE * right, SCALE * right.roll(1, dims=1))
     experts = 2 if kind in ROUTED else target.num_experts
     copy = replace(target, model=model, num_experts=experts)
-    labelled = ~is_ignored(labels, threat.ignore_index).flatten(1).all(dim=1)
+    labelled = ~is_ignored(labels, threat.ignore_index).reshape(len(labels), -1).all(dim=1)
     return Implanted(copy, witness, labelled & (_right(copy, witness, labels, threat) == 0))
 
 

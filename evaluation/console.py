@@ -96,4 +96,4 @@ def note_idle(settings: Section, attacked: bool) -> None:
         if key in fields and getattr(settings, key) not in (fields[key].default, list(ROBUST_EPS))
     ]
     if idle and not attacked:
-        print(f"note: nothing attacks here (evaluate.suite: none), so {', '.join(idle)} do nothing")
+        print(f"note: nothing attacks here (evaluate.suite: none), without effect: {', '.join(idle)}")

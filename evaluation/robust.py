@@ -305,8 +305,9 @@ class Bench:
         }
 
     def _taken(self, gate_logits: Tensor) -> Tensor:
-        """The experts, bool like gate logits [S, B, E, K, h, w], that are best: one, or all that a pass runs."""
-        best = gate_logits.topk(max(self.target.active, 1), dim=2).indices
+        """The experts, bool like gate logits [S, B, E, K, h, w], that are best: one, or k that a pass runs of more."""
+        active = self.target.active
+        best = gate_logits.topk(active if 0 < active < gate_logits.shape[2] else 1, dim=2).indices
         return torch.zeros_like(gate_logits, dtype=torch.bool).scatter(2, best, True)
 
 

@@ -114,7 +114,7 @@ def active_of(model: Callable, kind: Kind, num_experts: int) -> int:
 
 def fingerprint_of(model: Callable) -> dict[str, str]:
     """{"tensors": SHA-256 over all parameters and buffers, "modules": one over its modules and their settings}.
-    A plain function, which has neither, is known by its name only: see `with_answers`."""
+    Of a plain function, which has neither, its name; what it says tells it from others (see `with_answers`)."""
     if not isinstance(model, nn.Module):
         return {"function": getattr(model, "__qualname__", type(model).__qualname__)}
     tensors = dict(chain(model.named_parameters(), model.named_buffers()))
@@ -139,18 +139,17 @@ def settings_of(model: nn.Module) -> Iterator[str]:
 
 def text_of(value: object) -> str | None:
     """What tells a value from others: numbers and words as they are, tensors and arrays by a digest, functions and
-    classes by their names, and lists and dicts of these; None for anything else."""
-    if isinstance(value, dict):
-        value = [list(item) for item in value.items()]
+    classes by their names, and lists of these; None for anything else."""
     if isinstance(value, list | tuple):
         parts = [text_of(one) for one in value]
         return None if None in parts else f"[{', '.join(parts)}]"
-    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        value = torch.as_tensor(value)
-    if isinstance(value, Tensor):
-        return tensors_sha256({"": value})
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+        value = value.detach().cpu().resolve_conj().resolve_neg()
+        return tensors_sha256({"": value})
+    if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     return getattr(value, "__qualname__", None)
 
 

@@ -35,6 +35,7 @@ OFFERED = {
     "num_experts",
     "route",
     "routing",
+    "top_k",
 }
 
 

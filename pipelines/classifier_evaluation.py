@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dataloaders.image_set import ImageSet, ImageSplit
-from engine.checkpoints import atomic_write, with_contents
+from engine.checkpoints import atomic_write
 from engine.config import (
     Classification,
     ClassifierEvaluate,
@@ -48,7 +48,14 @@ from evaluation.suites import (
 from evaluation.target_checks import check_first
 from evaluation.targets import PATH, ROUTED, Target, exact_float32, target_of, with_answers
 from pipelines.classifier_costs import cost_of
-from pipelines.models import Trained, built_external, load_classifier, require_classes, require_network
+from pipelines.models import (
+    Trained,
+    built_external,
+    contents_of,
+    load_classifier,
+    require_classes,
+    require_network,
+)
 from pipelines.seen_images import refuse_seen
 
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
@@ -71,7 +78,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     """Evaluates every model that the config names. Of several processes (torchrun) the first does the clean pass, all
     do attacks, and who sees the ledgers complete writes the tables; None for the others."""
     device = own_gpu(pick_device(options.device))
-    training = config if isinstance(config, Classification) else None
+    training, asked = config if isinstance(config, Classification) else None, config.evaluate
     if training:
         config = as_evaluation(config)
     settings, folder = config.evaluate, folder_of(config)
@@ -90,7 +97,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     for one in models.values():
         one.network.to(device, memory_format=torch.channels_last)
     about = {name: about_of(one, images) for name, one in models.items()}
-    note_idle(settings, suite_asked(settings) or settings.autoattack > 0)
+    note_idle(asked, suite_asked(asked) or asked.autoattack > 0)
     split = images.split(settings.split)
     works = works_of(config, images, models, attacked_images(split, settings))
     if options.dry_run:
@@ -150,7 +157,7 @@ def load(source: str | Component, key: str, images: ImageSet) -> Loaded:
     is trained there, or it is for other classes."""
     if isinstance(source, Component):
         network = built_external(source, images.num_classes, key).requires_grad_(False)
-        about = {"network": with_contents(source.plain())}
+        about = {"network": contents_of(source)}
         return Loaded(network, source.name, about)
     trained = load_classifier(source, key)
     require_classes(trained, images.classes, key, f"of {images.name}")
@@ -223,6 +230,7 @@ def clean_pass(
     """Every model on all images of the split, in float32 as under attack; kept in per_image.npz, unless that is of the
     very same already."""
     settings, folder = config.evaluate, folder_of(config)
+    atomic_write(folder / "config.yaml", dump(config.resolved()))
     of = clean_source(settings, split, models, device)
     if (folder / ANSWERS).exists() and source_of_answers(folder / ANSWERS) == of:
         print(f"clean images: done before, {folder / ANSWERS}")
@@ -239,7 +247,6 @@ def clean_pass(
             )
             for name, one in models.items()
         }
-    atomic_write(folder / "config.yaml", dump(config.resolved()))
     save_answers(folder / ANSWERS, np.asarray(split.names), split.labels, found, of)
 
 

@@ -105,11 +105,15 @@ def load_external(network: Component, classes: Sequence[str], key: str) -> Train
         "file_sha256": module.file_sha256,
         "tensors_sha256": tensors_sha256(module.state_dict()),
     }
-    section = {key: value for key, value in metadata["network"].items() if key != "sha256"}
-    both = f"{json.dumps(with_contents(section), sort_keys=True)} {metadata['tensors_sha256']}"
+    both = f"{json.dumps(contents_of(network), sort_keys=True)} {metadata['tensors_sha256']}"
     adaptive = hasattr(module, "gate_logits") or hasattr(module, "expert_logits")  # which Frozen would hide
     frozen = module.requires_grad_(False) if adaptive else Frozen(module)
     return Trained(Path(network.args["file"]), frozen, metadata, hashlib.sha256(both.encode()).hexdigest())
+
+
+def contents_of(network: Component) -> dict:
+    """The section of an external network, with the contents of the files that it names in place of their paths."""
+    return {key: with_contents(value) for key, value in network.plain().items() if key != "sha256"}
 
 
 def stored_network(metadata: dict) -> Component:

@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.checkpoints import atomic_write, file_sha256, load_metadata, with_contents
+from engine.checkpoints import atomic_write, file_sha256, load_metadata
 from engine.config import (
     Classification,
     ClassifierEvaluation,
@@ -272,10 +272,10 @@ def data_hash(config: StageConfig) -> str:
 def weights_hash(source: str | Component) -> str | None:
     """SHA-256 of a trained network's tensors, None where it is not trained yet; of an external network one over its
     section, with the contents of the files that are named there."""
-    from pipelines.models import weights_file
+    from pipelines.models import contents_of, weights_file
 
     if isinstance(source, Component):
-        return key_of(with_contents(source.plain()))
+        return key_of(contents_of(source))
     file = weights_file(source)
     return load_metadata(file)["tensors_sha256"] if file.exists() else None
 

@@ -82,11 +82,11 @@ def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results
         (
             Evaluate,
             {"suite": "none", "norm": "l2", "attack_images": "blocks"},
-            "norm, evaluate.attack_images do",
+            "norm, evaluate.attack_images",
         ),
         (Evaluate, {"eps": list(ROBUST_EPS)}, None),  # what adversarial training sets by itself
         (Evaluate, {}, None),
-        (ClassifierEvaluate, {"eps": [8 / 255], "pathways": False}, "eps, evaluate.pathways do"),
+        (ClassifierEvaluate, {"eps": [8 / 255], "pathways": False}, "eps, evaluate.pathways"),
     ],
 )
 def test_keys_of_attacks_that_do_nothing_are_named(capsys, kind, keys, idle):
@@ -95,4 +95,4 @@ def test_keys_of_attacks_that_do_nothing_are_named(capsys, kind, keys, idle):
     assert capsys.readouterr().out == ""
     note_idle(settings, attacked=False)
     told = capsys.readouterr().out
-    assert told == "" if idle is None else f"so evaluate.{idle} nothing" in told
+    assert told == "" if idle is None else f"without effect: evaluate.{idle}\n" in told

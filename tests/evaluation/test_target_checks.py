@@ -119,6 +119,20 @@ def test_the_hard_route_trap_is_flagged_and_its_controls_are_not(gate, flags):
     )  # its gradient is not that of the function
 
 
+def test_classifiers_are_checked_too_and_labels_that_count_nowhere_are_no_weakness():
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES)).requires_grad_(False)
+    labels = head(IMAGES).argmax(dim=1)
+    for ignored, severity in ((None, "ok"), (labels[0].item(), None)):
+        threat = Threat(64 / 255, ignore_index=ignored, seeds=tuple(range(COUNT)))
+        found = checks.check_targets([target(head)], IMAGES, labels, threat, {"net": QUICK("single", 1)[:3]})
+        assert {"identity at eps 0", "active test"} < set(severities(found))
+        assert severity is None or severities(found)["active test"] == severity
+    void = Threat(64 / 255, ignore_index=0, seeds=tuple(range(COUNT)))
+    (one,) = checks.active_test(target(head), IMAGES, torch.zeros_like(labels), void, QUICK("single", 1)[:1])
+    assert one.severity == "note" and "nothing is labelled" in one.text
+
+
 def test_images_that_are_not_in_the_box_are_refused():
     for images in (IMAGES * 255, IMAGES - 0.5, IMAGES.double()):
         with pytest.raises(UserError, match=r"float32 in \[0, 1\]"):

@@ -1,5 +1,6 @@
 """Targets: what kind of thing is attacked, and what identifies it."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +9,7 @@ from torch import nn
 
 from engine.config import UserError
 from engine.steps import under_attack
-from evaluation.targets import PRODUCTS, class_weights, exact_float32, kind_of, target_of
+from evaluation.targets import PRODUCTS, class_weights, exact_float32, kind_of, settings_of, target_of
 from networks import ensemble
 from tests.evaluation import robust_toy as toy
 
@@ -63,6 +64,32 @@ def test_equal_networks_are_one_target_and_any_changed_tensor_setting_or_module_
     ]
     assert all(other != same for other in others)
     assert len(set(map(str, others))) == len(others)
+
+
+@pytest.mark.parametrize("name", ["mean", "_mean"])
+def test_tensors_and_arrays_that_are_no_buffers_count(name):
+    def target(value):
+        model = toy.Net(0)
+        setattr(model, name, value)
+        return target_of("x", model).identity["modules"]
+
+    numbers = np.arange(6.0).reshape(2, 3)
+    values = [
+        torch.arange(3), torch.arange(3.0), torch.arange(3) + 1, torch.rand(2, 3).to_sparse(), torch.ones(2, 3).mT,
+        torch.ones(2, dtype=torch.complex64).conj(), torch.empty(2, device="meta"), numbers, numbers[:, ::-1],
+        numbers.T, numbers.astype(">f8"), numbers.astype(np.longdouble), np.array(["a"]), np.array([None]),
+    ]  # fmt: skip
+    found = [target(value) for value in values]
+    assert found == [target(value) for value in values]
+    untold = {found[3], found[6], found[13]}  # neither bytes nor numbers
+    assert len(untold) == 1 and len(set(found)) == len(values) - 2
+
+
+def test_plain_settings_say_the_same_as_ever():
+    """Else ledgers that were begun before would be refused."""
+    model = nn.Identity()
+    model.rate, model.names, model.layers = np.float64(0.5), ["a", 2], {"4": "low"}
+    assert list(settings_of(model))[1:] == [".names = ['a', 2]", f".rate = {np.float64(0.5)!r}"]
 
 
 def test_ensembles_of_two_rules_that_print_alike_are_two():

@@ -74,6 +74,20 @@ def test_the_truth_is_confirmed(honest):
     assert verdict.lines()[-1] == "verified, but for the attacks: none was run again (--rerun N)"
 
 
+def test_a_network_that_is_known_by_what_it_says_is_verified(tmp_path):
+    """On another machine its logits may differ in the last bits: they are no part of what is compared."""
+    network = toy.Net(0).requires_grad_(False)
+    target = target_of("function", lambda images: network(images))
+    own = {"function": toy.members()["first"]}
+    setup = toy.setup(adversarials="uint8")
+    assert attack_all(tmp_path / "ledger", toy.scenes(), [target], own, setup, log=str)
+    write_robust(tmp_path, tmp_path / "ledger")
+    assert "answers" in read_manifest(tmp_path / "ledger")["targets"][0]["identity"]
+    assert verify(tmp_path, [target], own, setup, toy.scenes()).problems == []
+    other = target_of("function", lambda images: -network(images))
+    assert verify(tmp_path, [other], own, setup, toy.scenes()).problems
+
+
 def test_attacks_that_are_run_again_say_the_same(honest):
     verdict = checked(honest, rerun=1000)
     valid, recorded, here = verdict.pixels

@@ -183,7 +183,7 @@ def test_features_where_the_network_says_how_many(tmp_path):
 def test_what_a_routed_network_offers_is_kept(tmp_path):
     file = tmp_path / "routed.py"
     file.write_text(
-        f"{LAYERS}\nclass Routed(nn.Conv2d):\n    routing = 'hard'\n    num_experts = 2\n"
+        f"{LAYERS}\nclass Routed(nn.Conv2d):\n    routing = 'hard'\n    num_experts = 2\n    top_k = 1\n"
         "    def gate_logits(self, images):\n        return images.mean((2, 3))[None, :, :2, None, None, None]\n"
         "    def inspect(self, images):\n        return 'inspected'\n\n"
         "def build():\n    return Routed(3, 3, 1)\n"
@@ -192,9 +192,10 @@ def test_what_a_routed_network_offers_is_kept(tmp_path):
     images = torch.rand(2, 3, 8, 8)
     assert network.gate_logits(images).shape == (1, 2, 2, 1, 1, 1)
     assert (network.routing, network.num_experts, network.inspect(images)) == ("hard", 2, "inspected")
+    assert network.top_k == 1
     assert not hasattr(network, "expert_logits") and not hasattr(network, "anything")
     with pytest.raises(
-        UserError, match="routed.py:build returned offers gate_logits, inspect, num_experts, routing"
+        UserError, match="routed.py:build returned offers gate_logits, inspect, num_experts, routing, top_k"
     ):
         External(3, file=str(file), stride=2)  # the gate would see other images than attacks do
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import config as configs
 from engine.checkpoints import load_weights, save_weights
 from engine.config import ConfigError, UserError, from_dict
 from evaluation.classifiers import load_answers
@@ -241,6 +242,8 @@ def test_clean_images_are_asked_again_where_anything_is_another(bench, capsys):
         False, True, False, True
     ]  # fmt: skip
     path = bench.at("asked") / "per_image.npz"
+    assert done_before(images_seed=1, attack_images=7)
+    assert configs.load(path.parent / "config.yaml").evaluate.attack_images == 7
     for broken in (b"", path.read_bytes()[:-9]):
         path.write_bytes(broken)
         assert not done_before(images_seed=1) and done_before(images_seed=1)
