@@ -24,7 +24,7 @@ from engine.flat import differences, flatten
 from pipelines.workers import workers
 
 # What a stage of a kind computes; raised when the same config and data would give other results.
-VERSIONS = {"network": 1, "gate": 4, "evaluate": 4, "classifier": 3, "evaluate classifiers": 4}
+VERSIONS = {"network": 1, "gate": 4, "evaluate": 5, "classifier": 3, "evaluate classifiers": 5}
 StageConfig = Run | Evaluation | Classification | ClassifierEvaluation
 # Keys that say where and how fast, not what: they don't belong to the key of a stage.
 PLACES = (
