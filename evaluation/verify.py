@@ -213,9 +213,7 @@ def rows_as_asked(
             verdict.problems.append(f"{name}: the config names no such row")
             continue
         own = {**row, "identity": dict(row["identity"])}
-        own["identity"].pop(
-            "answers", None
-        )  # to the bit, of one machine; all images are scored again in any case
+        own["identity"].pop("answers", None)  # of one machine; all images are scored again in any case
         different = differences(own["identity"], rows[name]["identity"])
         if different:
             verdict.problems.append(f"{name}: other weights or another network: {shown(different)}")
