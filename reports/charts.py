@@ -50,9 +50,10 @@ def progress(runs: Sequence[Run], experts: Sequence[str]) -> bytes:
     ):
         for index, run in enumerate(members):
             color = _color(run.name, index, experts)
+            style = ("-", "--", ":")[index // len(OTHER_COLORS) % 3]  # of colours that come again
             loss = next(column for column in run.rows[0] if column.endswith("loss"))
-            _line(left, run, loss, 1, color)
-            _line(right, run, WATCHED[title][0], 100, color)
+            _line(left, run, loss, 1, color, style)
+            _line(right, run, WATCHED[title][0], 100, color, style)
         left.set_title(f"{title}: training loss", fontsize=10, loc="left", color=INK)
         right.set_title(f"{title}: {WATCHED[title][1]}", fontsize=10, loc="left", color=INK)
         right.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)
@@ -204,11 +205,12 @@ def _color(name: str, index: int, experts: Sequence[str]) -> str:
     return expert_color(experts.index(name)) if name in experts else OTHER_COLORS[index % len(OTHER_COLORS)]
 
 
-def _line(panel: Axes, run: Run, column: str, factor: float, color: str) -> None:
+def _line(panel: Axes, run: Run, column: str, factor: float, color: str, style: str) -> None:
     known = [(int(row["step"]), factor * float(row[column])) for row in run.rows if row.get(column)]
     marker = "." if len(known) < 30 else None
     panel.plot(
         *(zip(*known, strict=True) if known else ((), ())),
+        style,
         marker=marker,
         linewidth=1.5,
         color=color,

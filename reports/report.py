@@ -3,6 +3,7 @@
 import base64
 import glob
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -314,9 +315,15 @@ def _cost(text: str) -> str:
 
 
 def _progress(folders: Sequence[Folder], experts: Sequence[str]) -> str:
-    """The chart of all trainings that have left rows, "" where there is none."""
+    """The chart of all trainings that have left rows, "" where there is none. Several of one name, such as a gate that
+    two stages train, have that of their folder in front."""
+    names = Counter(folder.name for folder in folders)
     runs = [
-        charts.Run(folder.name, _group(folder), tuple(rows))
+        charts.Run(
+            folder.name if names[folder.name] == 1 else f"{folder.path.parent.name}/{folder.name}",
+            _group(folder),
+            tuple(rows),
+        )
         for folder in folders
         if (rows := folder.table("metrics.csv"))
     ]

@@ -214,3 +214,13 @@ def test_missing_folders_are_told_and_nothing_is_written(tmp_path, results_of):
     with pytest.raises(UserError, match="matrix.csv: missing"):
         write_report([folder], [], tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_curves_of_runs_that_have_one_name_are_told_apart(tmp_path, results_of, monkeypatch):
+    shown = []
+    monkeypatch.setattr("reports.charts.progress", lambda runs, experts: shown.extend(runs) or b"")
+    folders = [
+        run_folder(tmp_path / name, gate=True) for name in ("gates/moe", "on_train/moe", "gates/other")
+    ]
+    write_report([evaluation_folder(tmp_path / "test", results_of())], folders, tmp_path / "page.html")
+    assert [run.name for run in shown] == ["gates/moe", "on_train/moe", "other"]
