@@ -25,9 +25,7 @@ from engine.config import UserError
 from engine.disk import locked, progress, write_at
 
 VERSION = 2  # raise it when the same files give other bytes
-AS_STORED = (
-    cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-)  # no turning by EXIF, as others read these data sets
+AS_STORED = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION  # whatever EXIF says, as others read them
 ENDINGS = (".png", ".jpg", ".jpeg")
 CHECKED = (
     50_000  # decoded images whose bytes are compared when they are opened, evenly spread; all of small sets

@@ -32,8 +32,8 @@ class Target:
     kind: what it offers beside that, as `kind_of` tells. num_experts: networks that it joins.
     fingerprint: what identifies it, plain values; other values are another target. role: kind of its row in the
     tables. class_pixels: labelled pixels of each class in its training split, the weights of class-balanced
-    losses (None: of the data set that it is evaluated on). active: experts that the weights
-    of an image name, where a pass runs no others; 0: it runs all of them.
+    losses (None: of the data set that it is evaluated on). active: experts that the weights of an image name, where a
+    pass runs no others; 0: it runs all of them.
     """
 
     name: str
