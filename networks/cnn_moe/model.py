@@ -89,6 +89,7 @@ class CNNMoE(nn.Module):
     top_k: 1: hard routing with a straight-through gradient; more: a weighted sum of the k best, their weights by
         softmax over them.
     router_width: times the channels of the router.
+    router_pixels: shorter side of the averaged image that the router sees, at least; smaller images it sees whole.
     enlarge: whole times that images are enlarged inside the network.
     mean: of the channels, for the normalisation inside, for pixels in [0, 1].
     std: of the channels, likewise.
@@ -105,6 +106,7 @@ class CNNMoE(nn.Module):
         granularity: Granularity = "model",
         top_k: PositiveInt = 1,
         router_width: Positive = 1.0,
+        router_pixels: PositiveInt = 32,
         enlarge: PositiveInt = 1,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
         std: tuple[Positive, Positive, Positive] = (0.25, 0.25, 0.25),
@@ -120,7 +122,8 @@ class CNNMoE(nn.Module):
         self.num_classes, self.num_experts, self.top_k = num_classes, num_experts, top_k
         self.entry = Entry(enlarge, mean, std)
         self.body = build_body(arch, num_classes, ratio, num_experts, stem)
-        self.router = Router(num_experts, self.body.set_granularity(granularity), router_width)
+        sites = self.body.set_granularity(granularity)
+        self.router = Router(num_experts, sites, router_width, router_pixels)
 
     conditional = True  # a pass runs the pathways that its weights name, no others
 

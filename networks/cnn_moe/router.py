@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from networks.pooling import every, global_mean
 
 WIDTHS, BLOCKS = (16, 32, 64), 3  # the CIFAR ResNet-20 of He et al. 2016, section 4.2
-SEEN = 32  # pixels of the shorter edge that the router sees, at least
-
-
 GROUPS = 8  # of channels that are normalised together, at most
 
 
@@ -44,15 +41,17 @@ class Block(nn.Module):
 class Router(nn.Module):
     """images [B, 3, H, W], normalised, of any size -> scores [S, B, E] in float32, before softmax.
 
-    Larger images are averaged down by a whole number first, to a shorter side of 32 to 63 pixels. width:
-    times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded gap is what
-    makes softmax underflow and attacks on it stop.
+    Images are averaged down by a whole number first, to a shorter side of `pixels` or more, less than twice as many.
+    width: times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded gap
+    is what makes softmax underflow and attacks on it stop.
     """
 
-    def __init__(self, num_experts: int, sites: int = 1, width: float = 1.0, bound: float = 15.0):
+    def __init__(
+        self, num_experts: int, sites: int = 1, width: float = 1.0, pixels: int = 32, bound: float = 15.0
+    ):
         super().__init__()
         channels = [max(1, int(base * width)) for base in WIDTHS]
-        self.num_experts, self.sites, self.bound = num_experts, sites, bound
+        self.num_experts, self.sites, self.pixels, self.bound = num_experts, sites, pixels, bound
         self.conv = nn.Conv2d(3, channels[0], 3, 1, 1, bias=False)
         self.norm = norm(channels[0])
         blocks, before = [], channels[0]
@@ -77,7 +76,7 @@ class Router(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """What the scores are linear in, float32 [B, F]."""
-        scale = min(images.shape[-2:]) // SEEN
+        scale = min(images.shape[-2:]) // self.pixels
         images = F.avg_pool2d(images, scale) if scale > 1 else images
         return global_mean(self.blocks(F.relu(self.norm(self.conv(images)), inplace=True))).float()
 

@@ -354,6 +354,19 @@ def test_the_router_costs_the_same_at_all_sizes_and_is_small():
     assert macs(router, torch.rand(1, 3, 224, 224)) < 0.1 * cost
 
 
+def test_a_router_of_fewer_pixels_sees_the_averaged_image():
+    keys = {"arch": "resnet18", "ratio": 0.05, "stem": "imagenet", "router_width": 0.25}
+    torch.manual_seed(0)
+    whole = CNNMoE(3, **keys).eval()
+    small = CNNMoE(3, **keys, router_pixels=14).eval()
+    small.load_state_dict(whole.state_dict())
+    x = images(4, 28)
+    averaged = F.avg_pool2d(x, 2)
+    torch.testing.assert_close(small.gate_logits(x), whole.gate_logits(averaged), atol=1e-4, rtol=1e-4)
+    assert (small.gate_logits(x) - whole.gate_logits(x)).abs().max() > 0.01
+    assert torch.equal(small.gate_logits(averaged), whole.gate_logits(averaged))  # 14 px are seen whole
+
+
 def test_a_balanced_router_sends_images_to_all_experts_and_scores_are_bounded():
     shares = []
     for seed in range(8):
