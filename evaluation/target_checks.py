@@ -284,7 +284,8 @@ def transfer_failure(
         gain = ((own - worst).sum() / total).item()
         text = f"PGD of {steps} steps leaves {percent(own.sum().item() / total)} %"
         if gain > ALARM:
-            text += f"; images made for {source} take {percent(gain)} points more: gradients are masked"
+            text += f"; images made for {source} take {percent(gain)} points more: gradients are masked, or "
+            text += "these steps too few"
             found.append(Finding("transfer failure", target.name, threat.eps, "", "flag", text))
         else:
             text += f"; images made for {len(targets) - 1} other networks add {percent(gain)} points"
