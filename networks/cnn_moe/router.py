@@ -41,9 +41,9 @@ class Block(nn.Module):
 class Router(nn.Module):
     """images [B, 3, H, W], normalised, of any size -> scores [S, B, E] in float32, before softmax.
 
-    Images are averaged down by a whole number first, to a shorter side of `pixels` or more, less than twice as many.
-    width: times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded gap
-    is what makes softmax underflow and attacks on it stop.
+    Larger images are averaged down by a whole number first, to a shorter side of `pixels` or more, less than twice as
+    many. width: times the channels of its ResNet-20. bound: scores stay within (-bound, bound), by a tanh: an unbounded
+    gap is what makes softmax underflow and attacks on it stop.
     """
 
     def __init__(
