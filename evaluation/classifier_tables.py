@@ -120,6 +120,8 @@ def clean_rows(clean: Clean, about: Mapping[str, About]) -> list[dict]:
             value, low, high, images = share(counted, right)
             figure = {"metric": metric, "value": value, "ci_low": low, "ci_high": high}
             rows.append({**base, **figure, "units": images, "n_images": images})
+        if about[model].rise is not None:
+            rows.append({**base, "metric": "rise", "value": about[model].rise})
         if own.routed:
             many = {"units": len(clean.labels), "n_images": len(clean.labels)}
             for expert, load in enumerate(loads(own)):

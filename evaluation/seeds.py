@@ -1,7 +1,8 @@
 """Mean and spread of several runs of one pipeline: python -m evaluation.seeds [--attacked] RUN_FOLDER RUN_FOLDER ...
 
 The mIoU of every row on every subset; with --attacked clean figures and worst cases. Of classifiers both at once:
-top-1 of the whole split, balance of the routes, clean figures and worst cases of the images that were attacked.
+top-1 of the whole split, whether training had ended, balance of the routes, clean figures and worst cases of the
+images that were attacked.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from engine.command import run
 from engine.config import UserError
-from evaluation.classifier_tables import AUTOATTACK, WORST_OF_ALL
+from evaluation.classifier_tables import AUTOATTACK, SETTLED, WORST_OF_ALL
 from evaluation.formats import eps_text, markdown_table
 
 MATRIX, RESULTS, CHECKS = "matrix.csv", "results.csv", "checks.csv"
@@ -36,6 +37,7 @@ OTHER_FIGURES = {
 
 WHOLE = {
     "top1": "top-1, whole split",
+    "rise": "rise",
     "effective_experts": "effective experts",
 }  # of classifiers, without attacks
 NUMBERS = (WHOLE["effective_experts"],)  # no shares, so not in percent
@@ -161,6 +163,12 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
         lines += [
             "",
             f"!: a check raised a flag against figures of it in one of these runs; see their {CHECKS}.",
+        ]
+    if WHOLE["rise"] in columns:
+        lines += [
+            "",
+            "rise: of the validation images' robust accuracy over the last fifth of training; nothing is ranked of "
+            f"rows where it is {100 * SETTLED:g} points or more in a run, or not known.",
         ]
     others = sorted({name for table in tables for name in table} - set(shared))
     if others:

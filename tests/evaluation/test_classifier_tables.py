@@ -61,7 +61,8 @@ def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
     figures = {
         row["metric"]: row["value"] for row in rows_of(tmp_path / "results.csv") if row["model"] == MOE
     }
-    assert set(figures) == {"top1", "load_0", "load_1", "effective_experts"}
+    assert set(figures) == {"top1", "rise", "load_0", "load_1", "effective_experts"}
+    assert float(figures["rise"]) == 0.004
     assert (float(figures["load_0"]), float(figures["load_1"])) == (0.25, 0.75)
     text = (tmp_path / "classifiers.md").read_text()
     assert f"| {MOE} | 1.75 | 25.00 | - | - | 75.00 | - | - | - | - | 91.67 | - |" in text

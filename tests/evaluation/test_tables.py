@@ -196,6 +196,7 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
     for name, value in (("a", 0.5), ("b", 0.6)):
         rows = [
             row("moe", "", "", "", "top1", 0.99),  # of all images
+            row("moe", "", "", "", "rise", value / 100),
             row("moe", "", "", "", "effective_experts", 1 + value),
             row("moe", "", "", "", "load_0", 0.7),
             row("moe", "quick", "clean", 0.0, "top1", value),
@@ -216,10 +217,12 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
         (tmp_path / name / "results.csv").write_text(csv_text(RESULT_COLUMNS, rows))
     text = summary([tmp_path / "a", tmp_path / "b"], attacked=True)
     assert summary([tmp_path / "a", tmp_path / "b"]) == text  # classifiers have no other table
-    told, _, head, _, moe, plain = text.splitlines()
+    told, _, head, _, moe, plain, _, ended = text.splitlines()
+    assert ended.startswith("rise: ") and "where it is 0.5 points or more in a run, or not known" in ended
     assert told.endswith("percent; effective experts: a number.")
     titles = [
         "top-1, whole split",
+        "rise",
         "effective experts",
         "top-1 clean",
         "top-1 PGD 25.5/255",
@@ -229,11 +232,11 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
     titles += ["top-1 AutoAttack 25.5/255", "top-1 worst of all 25.5/255"]
     assert head == f"| model | {' | '.join(titles)} |"
     assert moe.startswith(
-        "| moe | 99.00 ± 0.00 (99.00 .. 99.00) | 1.55 ± 0.07 (1.50 .. 1.60) | 55.00 ± 7.07 (50.00 .. 60.00) | "
-        "77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
+        "| moe | 99.00 ± 0.00 (99.00 .. 99.00) | 0.55 ± 0.07 (0.50 .. 0.60) | 1.55 ± 0.07 (1.50 .. 1.60) | "
+        "55.00 ± 7.07 (50.00 .. 60.00) | 77.00 ± 0.00 (77.00 .. 77.00) | 27.50 ± 3.54 "
     )
     assert moe.endswith(" | 20.00 ± 0.00 (20.00 .. 20.00) | 5.00 ± 0.00 (5.00 .. 5.00) |")
-    assert plain == "| plain | - | - | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - | - |"
+    assert plain == "| plain | - | - | - | 90.00 ± 0.00 (90.00 .. 90.00) | - | - | - | - | - |"
     found = [
         Finding("masking", "plain", 0.1, "", "flag", "a gap"),
         Finding("masking", "moe", 0.1, "", "ok", ""),
@@ -242,7 +245,7 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
     lines = summary([tmp_path / "a", tmp_path / "b"], attacked=True).splitlines()
     assert lines[4] == moe and lines[5] == plain.replace("plain", "plain !")
     assert (
-        lines[-1]
+        lines[-3]
         == "!: a check raised a flag against figures of it in one of these runs; see their checks.csv."
     )
     assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
