@@ -31,7 +31,7 @@ OTHER_GOAL = ("clean", "hide", "evade")
 OTHER_COUNT = ("hide", "change_route")  # attacks that count something else than right pixels
 
 ALARM = 0.002  # of accuracy, by which weaker attacks may add to the white-box ones (as in AutoAttack)
-GAP = 0.05  # of accuracy, by which the adaptive suite may be below the common one
+GAP = 0.05  # of accuracy, by which the adaptive suite may be below the common one: less says little
 ZERO_SHARE = 0.05  # of steps with a gradient of zeros
 FILLED = 0.95  # of eps: a universal perturbation that changes less is of a smaller ball
 UNSETTLED = 0.05  # of a loss's range, by which its last values may differ (Pintor et al.)
@@ -216,7 +216,8 @@ def gradients_met(bout: Bout) -> list[Finding]:
 def incomplete_optimisation(bout: Bout) -> list[Finding]:
     """Indicator 4. The last ten values of the loss that an attack tracked, in units of its whole range, differ by more
     than UNSETTLED on most of the images that it has not broken. Of a short attack, a note: suites of few steps never
-    settle. Attacks whose trace doesn't say so are named in a note."""
+    settle; and where it leaves no more than GAP, since more steps can't find more than that. Attacks whose trace
+    doesn't say so are named in a note."""
     found, left_out = [], []
     for name in bout.of(WHITE_BOX):
         records = [one for one in bout.attacks[name].values() if one.get("unsettled") is not None]
@@ -236,7 +237,7 @@ def incomplete_optimisation(bout: Bout) -> list[Finding]:
         )
         severity = "ok"
         if 2 * moving > len(records):
-            severity = "flag" if steps >= LONG else "note"
+            severity = "flag" if steps >= LONG and bout.accuracy([name]) > GAP else "note"
             text += "; more steps may find more"
         found.append(bout.finding("incomplete optimisation", severity, text, name))
     if left_out:

@@ -110,6 +110,8 @@ def test_a_loss_that_has_not_settled_is_flagged_of_long_attacks():
 
     assert found(unsettled=0.05) == {"ok"} and found(unsettled=0.051) == {"flag"}
     assert found(unsettled=0.5, settings={"name": "pgd", "steps": 20}) == {"note"}
+    assert found(right=(51, 50), unsettled=0.5) == {"flag"}
+    assert found(right=(50, 50), unsettled=0.5) == {"note"}  # hardly anything is left to find
     assert found(unsettled=None) == found(name="joint", unsettled=1.0) == set()
 
 
@@ -139,7 +141,7 @@ def test_losses_that_do_not_tell_are_not_judged(settings, reason):
 
 
 def test_images_that_are_broken_need_not_settle():
-    moving, settled = records("pgd", (100, 100), unsettled=1.0), records("pgd", (100, 100), unsettled=0.0)
+    moving, settled = records("pgd", (200, 200), unsettled=1.0), records("pgd", (200, 200), unsettled=0.0)
     moving[0]["cells"] = [[0, 1, PIXELS]]
     assert severity([moving[0], settled[1]], name="incomplete optimisation") == {"ok"}
     assert severity([settled[0], moving[1]], name="incomplete optimisation") == {
