@@ -128,8 +128,9 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     """A Markdown table, in percent: mean, sd (n - 1) and smallest .. largest of every figure over the runs. attacked:
     of clean figures and worst cases, in place of the clean matrix, which classifiers have none of.
 
-    Raises UserError for fewer than two runs, a run given twice, and runs with other columns. Rows that not
-    every run has are named below the table. ! is behind those with a flag in the checks.csv of a run."""
+    Raises UserError for fewer than two runs, a run given twice, matrices of other columns (the classes of mIoU_common
+    hang on the subsets), and runs without a common column. Rows and columns that not every run has are named below
+    the table. ! is behind those with a flag in the checks.csv of a run."""
     if any(tables_below(folder, RESULTS) and not tables_below(folder, MATRIX) for folder in folders):
         attacked = True  # classifiers
     name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
@@ -140,9 +141,10 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
         if first.read_bytes() == second.read_bytes():
             raise UserError(f"{second}: says the same as {first}, byte for byte; name runs of several seeds")
     tables = [read(path) for path in paths]
-    columns = list(next(iter(tables[0].values())))
-    for path, table in zip(paths, tables, strict=True):
-        if list(next(iter(table.values()))) != columns:
+    titles = [list(next(iter(table.values()))) for table in tables]
+    columns = [column for column in titles[0] if all(column in own for own in titles)]
+    for path, own in zip(paths, titles, strict=True):
+        if not columns or not attacked and own != titles[0]:
             raise UserError(f"{path}: has other columns than {paths[0]}; compare runs of one pipeline")
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     flagged = {one for path in paths for one in flagged_in(path.with_name(CHECKS))} if attacked else set()
@@ -171,6 +173,7 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
             f"rows where it is {100 * SETTLED:g} points or more in a run, or not known.",
         ]
     others = sorted({name for table in tables for name in table} - set(shared))
+    others += [column for column in dict.fromkeys(sum(titles, [])) if column not in columns]
     if others:
         lines += ["", f"Not in every run: {', '.join(others)}."]
     return "\n".join(lines)

@@ -249,6 +249,15 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
         == "!: a check raised a flag against figures of it in one of these runs; see their checks.csv."
     )
     assert run(main, ["--attacked", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    without = [one for one in rows if one["suite"] != "autoattack"]  # too dear for every seed
+    (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, without))
+    lines = summary([tmp_path / "a", tmp_path / "b"]).splitlines()
+    assert lines[2] == f"| model | {' | '.join(titles[:-2])} |"
+    assert lines[-1] == "Not in every run: top-1 AutoAttack 25.5/255, top-1 worst of all 25.5/255."
+    other = [row("moe", "", "clean", 0.0, "miou", 1) | {"suite": "quick"}]
+    (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, other))
+    with pytest.raises(UserError, match="other columns"):
+        summary([tmp_path / "a", tmp_path / "b"], attacked=True)
     (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "miou", 1)]))
     with pytest.raises(UserError, match="holds no attacked figures"):
         summary([tmp_path / "a", tmp_path / "b"], attacked=True)
