@@ -43,8 +43,8 @@ def evade(
     Args:
         score: what the detector looks at, see SCORES; entropy for any network, gate_entropy for routed models, the
             others for routed models and ensembles.
-        kappa: weight of the score; 0 is an attack that knows of no detector. One value may be too small to hide and
-            another too large to do harm: sweep it.
+        kappa: weight of the score, where that is a number; 0 is an attack that knows of no detector. One value may be
+            too small to hide and another too large to do harm: sweep it.
         loss: of the task; a mask is that of the pixels which the network still gets right.
         steps: gradient steps of all restarts together.
         restarts: times that it begins anew.
@@ -53,8 +53,7 @@ def evade(
 
     def objective(points: Tensor, progress: float) -> Trial:
         said = listen(model, points)
-        beside = -kappa * SCORES[score](said) if kappa else 0.0
-        return search.trial(said.logits, said.logits, beside)
+        return search.trial(said.logits, said.logits, -kappa * known(SCORES[score](said)) if kappa else 0.0)
 
     search = Evasion(model, images, labels, threat, loss, climber, objective)
     return search.run("evade", [search.objective] * restarts, steps)
@@ -121,6 +120,14 @@ def experts_alone(seen: Inside) -> Tensor:
     rows = torch.eye(experts, device=seen.gate_logits.device, dtype=seen.gate_logits.dtype)
     shape = (*seen.gate_logits.shape[:-2], 1, 1)
     return torch.stack([seen.mix(row.view(-1, 1, 1, 1).expand(shape)) for row in rows], dim=1)
+
+
+def known(values: Tensor) -> Tensor | float:
+    """Scores [B] with 0 for those that are no number, as of a gate that says NaN: there is nothing to lower."""
+    finite = values.isfinite()
+    return (
+        torch.where(finite, values, 0.0) if finite.any() else 0.0
+    )  # 0 without a graph leaves the task's gradient
 
 
 def entropy(said: Said) -> Tensor:

@@ -16,6 +16,7 @@ from evaluation.classifiers import (
     Right,
     accuracies,
     balance,
+    is_collapsed,
     labels_by_expert,
     load_answers,
     loads,
@@ -34,6 +35,7 @@ from evaluation.statistics import Estimate, Share, clopper_pearson
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
+from metrics.gate import COLLAPSE
 
 SUITE = "suite"
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
@@ -198,14 +200,16 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
     cells = []
     for model, own in routed.items():
         figures = accuracies(own, clean.labels, len(clean.classes))
-        line = [model, f"{balance(own):.2f}"]
+        line = [model + " !" * is_collapsed(own), f"{balance(own):.2f}"]
         for expert in range(most):
             line.append(percent(float(loads(own)[expert])) if expert < own.experts else "-")
             line += [top1_of(figures, f"{name}_{expert}") for name in ("route", "constant")]
         line += [top1_of(figures, name) for name in ("random_route", "worst_route", "top1", "oracle_route")]
         cells.append(line)
     return [
-        "load: share of images and sites. Oracle and worst route: images that some, or that all, of the constant "
+        "load: share of images and sites. effective experts: exp of the entropy of the loads, mean over the sites. "
+        f"!: over {100 * COLLAPSE:g} % of the images go one way at every site: the mixture is a plain network, and its "
+        "other parts are dead weight. Oracle and worst route: images that some, or that all, of the constant "
         "routes have right; no router that sends an image one way can be outside of these."
         + SEVERAL
         * any(own.routes is not None and own.routes.shape[1] > 1 for own in routed.values())
@@ -264,7 +268,7 @@ def figures_of(results: ImageResults, model: str, eps: float) -> dict[str, Figur
         return found
     every, paths = found["adaptive"], results.pathways(model)
     if paths:
-        passes = sum(results.passes(path, eps, results.members(path)) for path in paths)
+        passes = every.passes + sum(results.passes(path, eps, results.members(path)) for path in paths)
         found["all paths"] = Figure(
             "all_paths_empirical", every.attack, results.all_paths(model, eps), passes
         )
@@ -573,6 +577,8 @@ def write_classifier_tables(
         kinds = {target: own["identity"]["kind"] for target, own in one.targets.items()}
         records = list(records_of(manifest, units))
         telemetry += telemetry_rows(records, kinds)
+    if not ledgers:
+        findings += collapse_findings(clean)
     if auto is not None:
         rows += auto_rows(results, auto)
         findings += auto_findings(results, auto)
@@ -594,6 +600,16 @@ def write_classifier_tables(
         atomic_write(folder / name, text.encode())
     atomic_write(folder / "results.csv", csv_text(RESULT_COLUMNS, rows).encode())
     return summary(clean, results, auto, Flags(findings))
+
+
+def collapse_findings(clean: Clean) -> list[Finding]:
+    """Flags of mixtures that are plain networks, for evaluations without attacks: a ledger is checked for it."""
+    text = f"over {100 * COLLAPSE:g} % of the {len(clean.labels)} clean images go one way at every site"
+    return [
+        Finding("gate collapse", model, None, "", "flag", text)
+        for model, own in clean.answers.items()
+        if own.routed and is_collapsed(own)
+    ]
 
 
 def timing_rows(ledger: str, results: ImageResults, seconds: Mapping[str, float]) -> list[dict]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints import atomic_write
 from engine.config import UserError
-from metrics.gate import effective_experts
+from metrics.gate import COLLAPSE, effective_experts
 
 BEST = 5  # classes that are kept of each answer
 ANSWERS = "per_image.npz"
@@ -148,9 +148,23 @@ def loads(found: Answers) -> np.ndarray:
     return np.bincount(found.routes.ravel(), minlength=found.experts) / found.routes.size
 
 
+def loads_by_site(found: Answers) -> np.ndarray:
+    """Share of images that each expert takes at each site, float [S, E]; where they are mixed, a single row: the shares
+    of the weight, mean over the sites."""
+    if found.shares is not None:
+        return loads(found)[None]
+    return np.stack([(found.routes == expert).mean(axis=0) for expert in range(found.experts)], axis=1)
+
+
 def balance(found: Answers) -> float:
-    """Effective number of experts, exp of the entropy of their loads: 1 to E."""
-    return float(effective_experts(loads(found)[:, None])[0])
+    """Effective number of experts, exp of the entropy of their loads, mean over the sites: 1 (every image the same way)
+    to E."""
+    return float(effective_experts(loads_by_site(found)[..., None]).mean())
+
+
+def is_collapsed(found: Answers) -> bool:
+    """Whether nearly all images go one way at every site: the mixture is a plain network."""
+    return bool((loads_by_site(found).max(axis=1) > COLLAPSE).all())
 
 
 def labels_by_expert(found: Answers, labels: np.ndarray, classes: int) -> np.ndarray:

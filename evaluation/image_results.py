@@ -113,12 +113,13 @@ class ImageResults:
         return ~flipped
 
     def all_paths(self, mixture: str, eps: float) -> np.ndarray | None:
-        """Images that every pathway by itself withstands attacks on: empirical, no proof. None where they were not
-        attacked one by one."""
+        """Images that every pathway by itself withstands attacks on: empirical, no proof. An attack on the mixture is
+        one on the pathway that it leads to, so that what breaks the mixture breaks one of them. None where they were
+        not attacked one by one."""
         rows = self.pathways(mixture)
         if not rows:
             return None
-        return np.logical_and.reduce([self.worst(row, eps, "adaptive") for row in rows])
+        return np.logical_and.reduce([self.worst(row, eps, "adaptive") for row in (mixture, *rows)])
 
     def floor(self) -> float:
         """Accuracy of the best constant answer."""

@@ -303,20 +303,27 @@ def plausibility(bout: Bout) -> list[Finding]:
 
 
 def gate_collapse(bout: Bout) -> list[Finding]:
-    """A gate that gives nearly everything to one expert on the clean images: the mixture is that expert."""
+    """A gate that gives nearly everything to one expert on the clean images, at every site that it decides for: the
+    mixture is that expert, or one network of parts of several."""
     weights = [record["weights"] for record in bout.clean.values() if "weights" in record]
     if not weights:
         return []
-    load = np.array(weights, dtype=float).mean(axis=(0, 1, 3))  # [N, S, E, K] -> [E]
+    load = np.array(weights, dtype=float).mean(axis=(0, 3))  # [N, S, E, K] -> [S, E]
     if not np.isfinite(load).all():
         text = "its weights are not finite"
         return [Finding("gate collapse", bout.target, None, "", "flag", text)]
-    share = float(load.max())
-    text = (
-        f"expert {load.argmax()} has {percent(share)} % of the weight over {len(weights)} clean images; effective "
-        f"number of experts {effective_experts(load[:, None])[0]:.2f} of {len(load)}"
+    largest = load.max(axis=1)
+    text = f"expert {load[0].argmax()} has {percent(float(largest[0]))} % of the weight"
+    if len(load) > 1:
+        text = (
+            f"one expert has over {100 * COLLAPSE:g} % of the weight at {(largest > COLLAPSE).sum()} of "
+            f"{len(load)} sites"
+        )
+    text += (
+        f" over {len(weights)} clean images; effective number of experts "
+        f"{effective_experts(load[..., None]).mean():.2f} of {load.shape[1]}{', mean of the sites' * (len(load) > 1)}"
     )
-    severity = "flag" if share > COLLAPSE else "ok"
+    severity = "flag" if (largest > COLLAPSE).all() else "ok"
     return [Finding("gate collapse", bout.target, None, "", severity, text)]
 
 

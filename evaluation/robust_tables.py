@@ -35,7 +35,8 @@ NOTHING = Beside()
 DETECTORS_TOLD = (
     "How well a score of the image tells attacked images from clean ones: of an attacker who knows nothing of it, and "
     "(adaptive) of one who lowers it while attacking, with the weight kappa that hides best among those that still "
-    "take half as much accuracy. accuracy: clean > attacked > attacked by the adaptive one."
+    "take half as much accuracy (chosen on these very images, which its interval doesn't know). accuracy: clean > "
+    "attacked > attacked by the adaptive one."
 )
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "aacc_image_mean": "aAcc, mean of images"}
 TABLES = (  # all that `write_robust` may write
@@ -255,14 +256,16 @@ def header_lines(results: RobustResults) -> list[str]:
         f"Suite {manifest['suite']} on {len(results.images)} images of {manifest['subset']}; {about}.",
         f"mIoU over the {len(results.counted)} classes with ground truth in these images, of {len(results.classes)}; "
         f"figures in percent; intervals: {interval}.",
-        "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that "
-        "know the gate, the members of the ensemble, or (single networks) as many restarts. Both hold for the "
-        "attacks that were run, and for no others.",
+        "common: worst case over attacks that are the same for every model (balanced_masked_ce weighs the classes by "
+        "what the model was trained on). adaptive: over those and attacks that know the gate, the members of the "
+        "ensemble, or (single networks) as many restarts. Both hold for the attacks that were run, and for no others.",
         PASSES_TOLD,
         "bound: no choice of one recorded attack per image has a lower mIoU; it says nothing of other attacks.",
         "any gate: pixels of the adaptive worst case that are right whatever weights a gate of this kind gives, from "
-        "the experts alone. Where that is far below aAcc, only the gate holds. It is a diagnostic of these images, no "
-        "bound on others.",
+        "the experts alone (clean: of the clean images). With one weight for all classes: where it is far below aAcc, "
+        "the experts are lost and only the gate holds. Weights for each class break pixels that all experts have "
+        "right, so that only the fall from clean tells anything there. A diagnostic of these images, no bound on "
+        "others.",
         f"A figure marked * is within its interval of the floor ({FLOOR}): there nothing can be compared. "
         "A model marked !1 has a flag raised against its figures: see Checks.",
     ]
@@ -326,8 +329,11 @@ def certificate_lines(certificates: Sequence[Certified]) -> list[str]:
 
 
 def gate_free_cell(results: RobustResults, model: str, eps: float) -> str:
-    found = results.gate_free(model, eps)
-    return percent(found.value) if isinstance(found, Estimate) else found or "-"
+    """At the images of the worst case, and at the clean ones."""
+    found, clean = (results.gate_free(model, one) for one in (eps, 0.0))
+    if isinstance(found, Estimate) and isinstance(clean, Estimate):
+        return f"{percent(found.value)} (clean {percent(clean.value)})"
+    return next((one for one in (found, clean) if isinstance(one, str)), "-")
 
 
 def with_interval(worst: Worst, name: str, floor: Mapping[str, float]) -> str:

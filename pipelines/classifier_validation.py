@@ -13,6 +13,8 @@ from engine.arithmetic import layout_of
 from engine.config import ClassifierTrain, UserError
 from engine.pathways import NO_LABEL
 from engine.steps import evaluating
+from evaluation.targets import exact_float32
+from metrics.gate import effective_experts
 
 STEP = 0.25  # of eps
 
@@ -31,6 +33,7 @@ def metric_names(model: nn.Module, settings: ClassifierTrain) -> list[str]:
     return [
         *names,
         *(f"load_{e}" for e in range(model.num_experts)),
+        "effective_experts",
         *(f"top1_of_{e}" for e in paths_of(model)),
     ]
 
@@ -50,15 +53,16 @@ def validated(
     """top1: clean accuracy. attacked_top1: under PGD on cross-entropy, its gradient through the router as well;
     frozen_top1: on images made with each one's clean route kept, shown to the model as it is; robust_top1: the lower of
     the two. flips: share of images and sites with another route after the first attack. load_E: share of images and
-    sites that expert E takes, or of the weights; top1_of_E: accuracy with all images on it.
+    sites that expert E takes, or of the weights; effective_experts: exp of the entropy of the loads, mean over the
+    sites; top1_of_E: accuracy with all images on it.
 
-    name: of the model, for messages. UserError for logits that are not finite."""
+    All of it in float32, without TF32. name: of the model, for messages. UserError for logits that are not finite."""
     eps = val_eps_of(settings)
     routed = hasattr(model, "gate_logits")
     totals: dict[str, float] = dict.fromkeys(metric_names(model, settings), 0.0)
-    count = 0
+    count, weights = 0, 0.0
     layout = layout_of(settings)
-    with evaluating(model), torch.enable_grad():
+    with evaluating(model), torch.enable_grad(), exact_float32(device):
         for batch in batches:
             images, labels = images_of(batch, device, layout), batch.labels.to(device)
             count += len(labels)
@@ -66,6 +70,8 @@ def validated(
             with torch.no_grad():
                 totals["top1"] += right(model(images), labels)
             route = add_routes(model, images, labels, totals) if routed else None
+            if routed:
+                weights = weights + route.mean(dim=(3, 4, 5)).sum(dim=1, dtype=torch.float64)  # [S, E]
             if eps is not None:
                 threat = Threat(eps, "linf", NO_LABEL, seeds)
                 add_attacked(model, images, labels, route, threat, settings.val_steps, totals)
@@ -76,6 +82,9 @@ def validated(
             "train.optimizer.lr, or set train.clip_norm"
         )
     figures = {metric: total / count for metric, total in totals.items()}
+    if routed:
+        loads = (weights / count).cpu().numpy()
+        figures["effective_experts"] = float(effective_experts(loads[..., None]).mean())
     if eps is not None:
         figures["robust_top1"] = min(figures["attacked_top1"], figures.get("frozen_top1", 1.0))
     return figures

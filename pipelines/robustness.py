@@ -16,7 +16,7 @@ from engine.schema import ROBUST_EPS
 from evaluation.beside import CERTIFICATES, DETECTORS, FINDINGS, TRANSFER, Keep, once, write_beside
 from evaluation.certificate import certify_targets
 from evaluation.detectors import DETECTION_COLUMNS, cost, detection_rows
-from evaluation.formats import eps_text
+from evaluation.formats import eps_text, number
 from evaluation.ledger import read_manifest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
 from evaluation.robust import as_begun, attack_all, shard
@@ -188,11 +188,28 @@ def detector_rows(
 
 
 def describe_attacks(config: Evaluation, index: FrameIndex, zoo: Zoo, subsets: Sequence[str]) -> str:
-    """What --dry-run tells of the attacks: their cost."""
+    """What --dry-run tells of the attacks: their cost, and that of what stands beside them."""
     targets, own = attacked_rows(config, index, zoo)
     frames = attacked_frames(config, index, subsets)
     images = [{"name": frame.name, "batch": 0} for frame in frames]
-    return "\n".join(cost_table(manifest_of(setup_of(config, index, subsets), {}, targets, own, images)))
+    lines = cost_table(manifest_of(setup_of(config, index, subsets), {}, targets, own, images))
+    return "\n".join([*lines, *costs_beside(config, index, targets)])
+
+
+def costs_beside(config: Evaluation, index: FrameIndex, targets: Sequence[Target]) -> list[str]:
+    """Passes per image of what is not in the ledger, at the largest eps."""
+    lines, attack = [], transfer_of(config, index)
+    if attack is not None:
+        size, classes, norm = tuple(config.data.image_size), len(index.classes), config.evaluate.norm
+        made = [own for one in targets for own in transferred(attack, one, size, classes, norm)]
+        passes = sum(own.forwards for own in made) + len(targets) * (1 + len(targets))
+        lines.append(
+            f"transfer: {attack.name} for each and all shown to all, {number(passes)} passes per image"
+        )
+    if config.evaluate.detectors:
+        told = ", ".join(f"{one.name} {number(cost(one))}" for one in targets)
+        lines.append(f"detectors, passes per image: {told}")
+    return lines
 
 
 def setup_of(config: Evaluation, index: FrameIndex, subsets: Sequence[str]) -> Setup:

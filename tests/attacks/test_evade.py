@@ -136,6 +136,24 @@ def test_the_incumbent_has_the_highest_of_what_is_raised(segmenter):
     assert torch.allclose(seen[-1], best, atol=1e-5)
 
 
+def test_where_a_score_is_no_number_the_task_is_attacked_as_without_it(segmenter):
+    """A gate that says NaN for an answer that is finite: one that counts as hard by the first expert."""
+    model = Pair(segmenter(0), segmenter(1), gate=True)
+    labels = model(IMAGES).argmax(dim=1)
+
+    def gate_and_mix(images):
+        expert_logits = model.expert_logits(images)
+        nan = torch.full((1, len(images), 2, 1, 1, 1), torch.nan)
+        return nan, lambda weights: (weights.nan_to_num(nan=0.5)[0] * expert_logits).sum(dim=1)
+
+    model.gate_and_mix, model.gate_logits = gate_and_mix, lambda images: gate_and_mix(images)[0]
+    found, plain = (
+        evade(model, IMAGES, labels, THREAT, score="gate_entropy", kappa=kappa, steps=8) for kappa in (5, 0)
+    )
+    assert torch.equal(found.images, plain.images) and not found.bad_gradients.any()
+    assert found.correct.sum() < labels.numel()
+
+
 def test_a_score_that_a_network_doesn_t_have_is_refused(segmenter):
     labels = torch.zeros(3, 10, 10, dtype=torch.int64)
     attack = partial(evade, segmenter(), IMAGES, labels, THREAT)

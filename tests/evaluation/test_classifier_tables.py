@@ -70,6 +70,20 @@ def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
     assert "images of each label" not in text and rows_of(tmp_path / "routes.csv") == []
 
 
+@pytest.mark.parametrize("sites", [1, 2])
+def test_a_mixture_that_sends_all_images_one_way_is_marked_without_attacks_too(sites, tmp_path):
+    """Of two sites each has an expert of its own: loads alike, and a plain network all the same."""
+    both, text = clean(), "moe: gate collapse: over 95 % of the 12 clean images go one way at every site"
+    own = both.answers[MOE]
+    for name, route in (("routed", own.routes[:, 0]), ("collapsed", np.zeros(12, int))):
+        both.answers[MOE] = replace(own, routes=np.stack([route, 1 - route][:sites], axis=1))
+        told = write_classifier_tables(tmp_path / name, both, ABOUTS, "toy", {})
+        lines = (tmp_path / name / "classifiers.md").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith((f"| {MOE} | 1.", f"| {MOE} ! | 1."))]
+        assert (line.startswith(f"| {MOE} ! | 1.00 |"), f"!1 {text}" in told) == (name == "collapsed",) * 2
+        assert any("!: over 95 % of the images go one way at every site" in line for line in lines)
+
+
 def test_where_routes_have_several_sites_the_tables_say_what_an_image_counts_for(tmp_path):
     one, several = clean(), clean()
     own = one.answers[MOE]
@@ -168,10 +182,9 @@ def test_results_csv_has_one_row_for_every_figure(written, value):
     worst, row = value(model=MOE, attack="worst of common", metric="top1", **suite)
     assert worst == pytest.approx(9) and float(row["passes_per_image"]) == 4
     assert (float(row["ci_low"]), float(row["ci_high"])) == pytest.approx(exact_interval(9, 12))
-    assert value(model=MOE, metric="all_paths_empirical", **suite)[0] == pytest.approx(6)
-    assert float(value(model=MOE, metric="all_paths_empirical", **suite)[1]["passes_per_image"]) == 2 * (
-        4 + 9
-    )
+    assert value(model=MOE, metric="all_paths_empirical", **suite)[0] == pytest.approx(2)
+    passes = value(model=MOE, metric="all_paths_empirical", **suite)[1]["passes_per_image"]
+    assert float(passes) == 30 + 2 * (4 + 9)  # of the mixture and of both pathways
     router, row = value(model=MOE, metric="top1_attack_on_router", **suite)
     assert router == pytest.approx(12 - len({2, 7, 11}))
     assert (row["attack"], float(row["passes_per_image"])) == ("gate_only + change_route", 5 + 6)
@@ -206,7 +219,7 @@ def test_markdown_tells_what_the_ledgers_say(written):
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:4] == ["cnn_moe", "4 / 30", "91.67"]
     assert cells[4] == "75.00 [42.8, 94.5]" and cells[5] == "25.00* [5.5, 57.2]"  # the floor is at 33.33
-    assert [cell.split()[0] for cell in cells[6:]] == ["50.00", "75.00", "83.33", "66.67"]
+    assert [cell.split()[0] for cell in cells[6:]] == ["16.67", "75.00", "83.33", "66.67"]
     (near,) = [line for line in text[: text.index(table[0])] if line.startswith(f"| {MOE} !")]
     assert "| 58.33* [27.7, 84.8] |" in near  # its interval reaches the floor
     pairs = [line for line in text if line.startswith(f"- {MOE} - {PLAIN}: ")]

@@ -13,6 +13,7 @@ from evaluation.classifiers import (
     accuracies,
     answers,
     balance,
+    is_collapsed,
     labels_by_expert,
     load_answers,
     loads,
@@ -122,8 +123,10 @@ def test_every_figure_against_a_plain_loop():
         assert rate(f"route_{expert}") == (len(own), sum(found.said[p] == truth[p] for p in own))
         assert loads(found)[expert] == pytest.approx((found.routes == expert).mean())
     assert (labels_by_expert(found, truth, CLASSES) == table).all()
-    shares = loads(found)
-    assert balance(found) == pytest.approx(math.exp(-sum(p * math.log(p) for p in shares if p)))
+    sites = [np.bincount(site, minlength=EXPERTS) / COUNT for site in found.routes.T]
+    assert loads(found) == pytest.approx(np.mean(sites, axis=0))
+    entropies = [-sum(p * math.log(p) for p in site if p) for site in sites]
+    assert balance(found) == pytest.approx(np.mean(np.exp(entropies))) and not is_collapsed(found)
     assert hits["worst_route"] < hits["oracle_route"]
     assert list(accuracies(found, truth, 5)) == [name for name in figures if name != "top5"]
 
@@ -158,6 +161,7 @@ def test_a_site_for_each_class_where_weights_have_them():
     found = answers(Spatial(), batches(10), CPU)
     assert found.routes.tolist() == [[0, 1, 1]] * COUNT
     assert found.alone.tolist() == [[0, 1]] * COUNT and found.said.tolist() == [1] * COUNT
+    assert balance(found) == 1 and is_collapsed(found)  # each site has its expert, whatever the image
     assert found.taken.tolist() == [1] * COUNT and loads(found).tolist() == pytest.approx([1 / 3, 2 / 3])
 
 

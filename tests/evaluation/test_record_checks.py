@@ -182,9 +182,12 @@ def test_what_nobody_has_reached_is_not_plausible():
 
 def test_a_gate_that_gives_all_to_one_expert_has_one_effective_expert():
     def found(*weights):
+        return found_of_sites(*([one] for one in weights))
+
+    def found_of_sites(*weights):
         group = records()
-        for one, (first, second) in zip(group, weights, strict=True):
-            one["weights"] = [[[first], [second]]]
+        for one, sites in zip(group, weights, strict=True):
+            one["weights"] = [[[first], [second]] for first, second in sites]
         (finding,) = [
             one for one in check_records(group, {"net": "hard"}, COLUMNS) if one.check == "gate collapse"
         ]
@@ -197,6 +200,12 @@ def test_a_gate_that_gives_all_to_one_expert_has_one_effective_expert():
     even = found((0, 1), (1, 0))
     assert even.severity == "ok" and "2.00 of 2" in even.text
     assert found((None, 1), (1, 0)).severity == "flag"
+    fixed = found_of_sites([(1, 0), (0, 1)], [(1, 0), (0, 1)])  # no route hangs on the image
+    assert fixed.severity == "flag"
+    assert fixed.text.startswith("one expert has over 95 % of the weight at 2 of 2 sites over 2 clean images")
+    assert fixed.text.endswith("effective number of experts 1.00 of 2, mean of the sites")
+    half = found_of_sites([(1, 0), (0, 1)], [(1, 0), (1, 0)])
+    assert half.severity == "ok" and "at 1 of 2 sites" in half.text and "1.50 of 2" in half.text
 
 
 def test_the_trap_in_a_real_ledger_is_flagged_and_its_soft_control_is_not(tmp_path):

@@ -125,6 +125,7 @@ def test_gt_only_and_the_accuracies_equal_brute_force(pair):
     assert miou(matrix, "gt_only") == pytest.approx(np.mean(ious))
     assert aacc(matrix) == pytest.approx(np.mean(truth == answer))
     assert macc(matrix) == pytest.approx(np.mean(accuracies))
+    assert miou(matrix, "gt_only") <= macc(matrix) + 1e-12  # a union has at least the class's own pixels
     assert fwiou(matrix) == pytest.approx(np.dot(shares, ious))
 
 

@@ -72,6 +72,31 @@ def test_every_method_trains_and_keeps_what_it_learned(tmp_path, method, network
     assert "GMACs per image of 1 x 8 x 8" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("method", "granularity", "keys"),
+    [("advmoe", "model", {}), ("advmoe", "stage", {"router": {"target": "task"}}), ("at_moe", "layer", {})],
+)
+def test_bf16_trains_all_phases_and_leaves_weights_in_float32(tmp_path, method, granularity, keys):
+    losses = []
+    for precision in ("bf16", "fp32"):
+        network = {**ROUTED, "granularity": granularity}
+        folder, rows, _, _ = run(
+            tmp_path,
+            network,
+            name=precision,
+            method=method,
+            precision=precision,
+            steps=1,
+            val_steps=1,
+            **keys,
+        )
+        losses.append([float(value) for name, value in rows[0].items() if "loss" in name])
+        tensors, _ = load_weights(folder / "checkpoints" / "best.safetensors")
+        for one in tensors.values():
+            assert one.isfinite().all() and one.dtype != torch.bfloat16
+    assert losses[0] == pytest.approx(losses[1], rel=0.2) and losses[0] != losses[1]
+
+
 def test_the_same_config_gives_the_same_bytes_and_another_seed_others(tmp_path):
     first, again, other = (
         run(tmp_path, name=name, seed=seed)[0] for name, seed in (("a", 1), ("b", 1), ("c", 2))

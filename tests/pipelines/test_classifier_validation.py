@@ -37,6 +37,11 @@ def mixture(**keys):
     return model
 
 
+def effective(loads):
+    """Mean over the sites of exp(entropy) of loads [S, E]."""
+    return np.mean([math.exp(-sum(p * math.log(p) for p in site if p)) for site in loads.tolist()])
+
+
 def test_loads_of_a_mixture_of_the_k_best_are_shares_of_its_weights():
     """The first of the k alone would be another figure; no image takes one expert, so that none is scored alone."""
     model = mixture(top_k=2, granularity="stage")
@@ -48,7 +53,9 @@ def test_loads_of_a_mixture_of_the_k_best_are_shares_of_its_weights():
     assert [figures[f"load_{e}"] for e in range(3)] == pytest.approx(loads.tolist(), abs=1e-5)
     first = torch.nn.functional.one_hot(weights.argmax(dim=2), 3).float().mean(dim=(0, 1))
     assert (loads - first).abs().max() > 0.05
-    assert set(figures) == set(metric_names(model, settings())) == {"top1", "load_0", "load_1", "load_2"}
+    names = {"top1", "load_0", "load_1", "load_2", "effective_experts"}
+    assert set(figures) == set(metric_names(model, settings())) == names
+    assert figures["effective_experts"] == pytest.approx(effective(weights.mean(dim=1)), abs=1e-4)
 
 
 def test_loads_of_one_choice_are_shares_of_images_and_sites():
@@ -59,6 +66,8 @@ def test_loads_of_one_choice_are_shares_of_images_and_sites():
         routes = model.inspect(images).routes
     loads = [(routes == e).float().mean().item() for e in range(3)]
     assert [figures[f"load_{e}"] for e in range(3)] == pytest.approx(loads)
+    by_site = torch.nn.functional.one_hot(routes, 3).double().mean(dim=1)  # routes [S, B]
+    assert figures["effective_experts"] == pytest.approx(effective(by_site))
     assert {f"top1_of_{e}" for e in range(3)} <= set(figures)
 
 
@@ -70,6 +79,13 @@ def test_logits_that_are_not_finite_end_a_training(bad, keys):
         model.body.head.bias[3] = bad
     with pytest.raises(UserError, match=r"^my_run: NaN or inf among its logits of validation images \(top1"):
         validated(model, batches(), settings(**keys), CPU, "my_run")
+
+
+def test_it_is_float32_without_tf32():
+    seen, model = set(), CNN(10, arch="resnet18", ratio=0.03).eval()
+    model.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.conv.fp32_precision))
+    validated(model, batches(), settings(val_eps=0.1, val_steps=1), CPU)
+    assert seen == {"ieee"} and torch.backends.cudnn.conv.fp32_precision != "ieee"
 
 
 class Switch(nn.Module):

@@ -293,7 +293,23 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(workshop, capsys):
     assert day[1:] == ["single", "3", "126", "253", "253"]
     (total,) = [line for line in lines if line.startswith("4 images: at most ")]
     assert not workshop.run("dry").exists()
-    assert total.endswith("network passes")
+    assert total.endswith("network passes") and not any(
+        line.startswith(("transfer", "detectors")) for line in lines
+    )
+
+
+def test_a_dry_run_tells_what_stands_beside_the_ledger(workshop, capsys):
+    more = {"transfer": {"name": "pgd", "steps": 3}, "detectors": True}
+    workshop.evaluate(attacked(workshop, name="dry", suite="quick", attacks=[], **more), dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    (transfer,) = [line for line in lines if line.startswith("transfer")]
+    (detectors,) = [line for line in lines if line.startswith("detectors")]
+    rows = len(detectors.split(", ")) - 1
+    # three steps and a last look at the images of each row; then clean and attacked ones, shown to each
+    passes = rows * 4 + rows * (rows + 1)
+    assert transfer == f"transfer: pgd for each and all shown to all, {passes} passes per image"
+    # a clean look; an attack that knows of no detector and three that do, of 20 steps and two looks
+    assert detectors.startswith("detectors, passes per image: day 89, ")
 
 
 FRAMES = [SimpleNamespace(name=f"{block}{place}", block=block) for block in "abcde" for place in range(5)]
