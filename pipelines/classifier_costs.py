@@ -115,7 +115,8 @@ def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     shape = " x ".join(map(str, size))
     if cost.router:
         paths = "a pathway" if model.top_k == 1 else f"{model.top_k} of {model.num_experts} pathways"
-        parts = f"{paths} {cost.pathway:.4f}, the router {cost.router:.4f}"
+        share = f"{100 * cost.router / cost.pathway:.0f} % of that"
+        parts = f"{paths} {cost.pathway:.4f}, the router {cost.router:.4f}: {share}"
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f} ({parts})")
     else:
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f}")

@@ -71,7 +71,9 @@ def test_a_mixture_of_the_k_best_costs_k_experts_and_what_they_share_once(top_k,
     stem = 27 * 6 * 16**2 / 1e9  # and the classifier of 51 features, which is shared as well
     assert cost.pathway == pytest.approx(top_k * alone - (top_k - 1) * (stem + 51 * 10 / 1e9), rel=1e-9)
     told = "a pathway" if top_k == 1 else f"{top_k} of 4 pathways"
-    assert f"({told} {cost.pathway:.4f}, the router " in describe_costs(model, (1, 16, 16))[1]
+    line = describe_costs(model, (1, 16, 16))[1]
+    assert f"({told} {cost.pathway:.4f}, the router {cost.router:.4f}: " in line
+    assert line.endswith(f": {100 * cost.router / cost.pathway:.0f} % of that)")
 
 
 def test_counting_leaves_a_network_as_it_is():

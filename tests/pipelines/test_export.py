@@ -3,6 +3,8 @@
 import importlib.util
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -112,13 +114,6 @@ def test_a_sparse_network_is_a_cnn_of_full_width_with_zeros(tmp_path, arch):
         assert (conv.weight.abs().sum(dim=(1, 2, 3)) > 0).tolist() == kept.bool().tolist()
 
 
-@pytest.fixture
-def onnx():
-    for name in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(name)
-    return importlib.import_module("onnx")
-
-
 @pytest.mark.parametrize(
     ("network", "pathway"),
     [
@@ -129,9 +124,7 @@ def onnx():
     ],
     ids=["pathway", "sparse", "vgg", "sparse_wrn"],
 )
-def test_onnxruntime_says_what_torch_says_for_any_number_of_images(tmp_path, onnx, network, pathway):
-    import onnxruntime
-
+def test_onnxruntime_says_what_torch_says_for_any_number_of_images(tmp_path, network, pathway):
     run, model = stored(tmp_path / "run", network)
     *_, line = export(str(run), tmp_path / "out", pathway=pathway, onnx=True)
     assert "model.onnx: opset" in line and "largest difference from torch" in line
@@ -153,13 +146,13 @@ def test_onnxruntime_says_what_torch_says_for_any_number_of_images(tmp_path, onn
     assert weights < 0.1 * full if network["name"] == "sparse_cnn" else weights < 1.2 * full
 
 
-def test_an_opset_that_is_asked_for_is_written(tmp_path, onnx):
+def test_an_opset_that_is_asked_for_is_written(tmp_path):
     run, _ = stored(tmp_path / "run", {"name": "cnn", **KEYS})
     export(str(run), tmp_path / "out", onnx=True, opset=22)
     assert [one.version for one in onnx.load(tmp_path / "out" / "model.onnx").opset_import] == [22]
 
 
-def test_a_graph_with_other_logits_is_refused_and_nothing_written(tmp_path, onnx, monkeypatch):
+def test_a_graph_with_other_logits_is_refused_and_nothing_written(tmp_path, monkeypatch):
     run, model = stored(tmp_path / "run", {"name": "cnn", **KEYS})
     with torch.no_grad():
         other = load_classifier(str(run), "RUN").network
@@ -242,7 +235,7 @@ def test_missing_packages_are_told_with_the_command_that_brings_them(here, capsy
     assert capsys.readouterr().err == told and not Path("new").exists()
 
 
-def test_opsets_that_the_exporter_does_not_write_are_refused(here, onnx, capsys):
+def test_opsets_that_the_exporter_does_not_write_are_refused(here, capsys):
     assert run(main, ["plain", "--out", "new", "--onnx", "--opset", "17"]) == 2
     newest = onnx.defs.onnx_opset_version()
     assert capsys.readouterr().err == f"--opset: 17 is wrong; expected 18 to {newest}\n"
