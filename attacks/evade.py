@@ -53,7 +53,8 @@ def evade(
 
     def objective(points: Tensor, progress: float) -> Trial:
         said = listen(model, points)
-        return search.trial(said.logits, said.logits, -kappa * known(SCORES[score](said)) if kappa else 0.0)
+        beside = -kappa * known(SCORES[score](said), points) if kappa else 0.0
+        return search.trial(said.logits, said.logits, beside)
 
     search = Evasion(model, images, labels, threat, loss, climber, objective)
     return search.run("evade", [search.objective] * restarts, steps)
@@ -122,12 +123,19 @@ def experts_alone(seen: Inside) -> Tensor:
     return torch.stack([seen.mix(row.view(-1, 1, 1, 1).expand(shape)) for row in rows], dim=1)
 
 
-def known(values: Tensor) -> Tensor | float:
-    """Scores [B] with 0 for those that are no number, as of a gate that says NaN: there is nothing to lower."""
+def known(values: Tensor, points: Tensor) -> Tensor:
+    """Scores [B] of points, with 0 and no slope for those that are no number, as of a gate that says NaN: such a score
+    gives nothing away."""
     finite = values.isfinite()
-    return (
-        torch.where(finite, values, 0.0) if finite.any() else 0.0
-    )  # 0 without a graph leaves the task's gradient
+    if finite.all():
+        return values
+    kept = torch.where(finite, values, 0.0)
+    if not kept.requires_grad:
+        return kept
+    # NaN times zero would be NaN on the way back, and take the task's gradient with it
+    (slope,) = torch.autograd.grad(kept.sum(), points, retain_graph=True, allow_unused=True)
+    slope = torch.zeros_like(points) if slope is None else torch.where(each(finite, points), slope, 0.0)
+    return kept.detach() + (slope * (points - points.detach())).flatten(1).sum(dim=1)
 
 
 def entropy(said: Said) -> Tensor:

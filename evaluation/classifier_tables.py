@@ -1,7 +1,7 @@
 """Tables of classifiers: clean accuracy and routing, what attacks leave, AutoAttack beside our own suite."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,10 +16,10 @@ from evaluation.classifiers import (
     Right,
     accuracies,
     balance,
-    is_collapsed,
     labels_by_expert,
     load_answers,
     loads,
+    loads_by_site,
 )
 from evaluation.deployment import deployed_rows, deployment_lines
 from evaluation.findings import FINDING_COLUMNS, Finding, Flags, finding_lines, finding_rows, told_of
@@ -35,7 +35,7 @@ from evaluation.statistics import Estimate, Share, clopper_pearson
 from evaluation.suites import CLEAN
 from evaluation.tables import RESULT_COLUMNS
 from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
-from metrics.gate import COLLAPSE
+from metrics.gate import COLLAPSE, is_collapsed
 
 SUITE = "suite"
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
@@ -200,7 +200,7 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
     cells = []
     for model, own in routed.items():
         figures = accuracies(own, clean.labels, len(clean.classes))
-        line = [model + " !" * is_collapsed(own), f"{balance(own):.2f}"]
+        line = [model + " !" * is_collapsed(loads_by_site(own)), f"{balance(own):.2f}"]
         for expert in range(most):
             line.append(percent(float(loads(own)[expert])) if expert < own.experts else "-")
             line += [top1_of(figures, f"{name}_{expert}") for name in ("route", "constant")]
@@ -208,8 +208,8 @@ def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:
         cells.append(line)
     return [
         "load: share of images and sites. effective experts: exp of the entropy of the loads, mean over the sites. "
-        f"!: over {100 * COLLAPSE:g} % of the images go one way at every site: the mixture is a plain network, and its "
-        "other parts are dead weight. Oracle and worst route: images that some, or that all, of the constant "
+        f"!: at every site one expert has over {100 * COLLAPSE:g} % of them: hardly any route hangs on the image. "
+        "Oracle and worst route: images that some, or that all, of the constant "
         "routes have right; no router that sends an image one way can be outside of these."
         + SEVERAL
         * any(own.routes is not None and own.routes.shape[1] > 1 for own in routed.values())
@@ -389,7 +389,8 @@ def header_lines(results: ImageResults) -> list[str]:
         "common: worst case over attacks that are the same for every model. adaptive: over those and attacks that know "
         "the router, or (plain networks) as many restarts. Both hold for the attacks that were run, and for no others.",
         PASSES_TOLD,
-        "all paths: images that every pathway by itself withstands attacks on, empirical, no proof. on the router, on "
+        "all paths: images that every pathway by itself withstands attacks on, and that no attack of this suite on the "
+        "mixture broke; empirical, no proof. on the router, on "
         "the experts: the whole model under attacks that aim at the router alone, or at the pathway of the clean image "
         "alone. stable: images of which no attack changed a route.",
         f"A figure marked * is within its interval of the floor ({FLOOR}, {percent(results.floor())}): there nothing "
@@ -577,8 +578,7 @@ def write_classifier_tables(
         kinds = {target: own["identity"]["kind"] for target, own in one.targets.items()}
         records = list(records_of(manifest, units))
         telemetry += telemetry_rows(records, kinds)
-    if not ledgers:
-        findings += collapse_findings(clean)
+    findings += collapse_findings(clean, () if results is None else results.targets)
     if auto is not None:
         rows += auto_rows(results, auto)
         findings += auto_findings(results, auto)
@@ -587,10 +587,11 @@ def write_classifier_tables(
         "classifiers.md": clean_markdown(clean, about, dataset),
         "routes.csv": csv_text(ROUTE_COLUMNS, route_rows(clean)),
     }
+    if ledgers or findings:
+        files["checks.csv"] = csv_text(FINDING_COLUMNS, finding_rows(findings))
     if ledgers:
         files |= {
             "robustness.md": robust_markdown(results, auto, findings, about),
-            "checks.csv": csv_text(FINDING_COLUMNS, finding_rows(findings)),
             "timing.csv": csv_text(TIMING_COLUMNS, timing),
             "telemetry.csv": csv_text(TELEMETRY_COLUMNS, telemetry),
         }
@@ -602,13 +603,13 @@ def write_classifier_tables(
     return summary(clean, results, auto, Flags(findings))
 
 
-def collapse_findings(clean: Clean) -> list[Finding]:
-    """Flags of mixtures that are plain networks, for evaluations without attacks: a ledger is checked for it."""
-    text = f"over {100 * COLLAPSE:g} % of the {len(clean.labels)} clean images go one way at every site"
+def collapse_findings(clean: Clean, checked: Collection[str]) -> list[Finding]:
+    """Flags of mixtures whose routes hardly hang on the image, but for those whose ledger is checked for it."""
+    text = f"one expert has over {100 * COLLAPSE:g} % of the {len(clean.labels)} clean images at every site"
     return [
         Finding("gate collapse", model, None, "", "flag", text)
         for model, own in clean.answers.items()
-        if own.routed and is_collapsed(own)
+        if own.routed and model not in checked and is_collapsed(loads_by_site(own))
     ]
 
 
@@ -634,7 +635,7 @@ def summary(clean: Clean, results: ImageResults | None, auto: ImageResults | Non
         columns.append((auto.ladder[-1], title, auto))
     lines = [["top-1 in %", "clean", *(title for _, title, _ in columns)]]
     for model, own in clean.answers.items():
-        line = [model, percent(float((own.said == clean.labels).mean()))]
+        line = [model, percent(float((own.said == clean.labels).mean())) + flags.mark(model, 0.0)]
         for one, _, of in columns:
             there = model in of.targets
             right = None

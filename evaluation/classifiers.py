@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from engine.checkpoints import atomic_write
 from engine.config import UserError
-from metrics.gate import COLLAPSE, effective_experts
+from metrics.gate import mean_effective_experts
 
 BEST = 5  # classes that are kept of each answer
 ANSWERS = "per_image.npz"
@@ -25,13 +25,13 @@ class Answers:
     Of a mixture as well: routes int [N, S], the expert at each site (a site for each class and place where its weights
     have them); alone int [N, E], the answer with all sites on one expert; by_chance int [N], the answer with an expert
     drawn at random for each image and site. Of one that mixes experts (routing soft), whose images take no single
-    route, in place of these shares float [N, E]: the weight of each expert, mean over the sites."""
+    route, in place of these weights float [N, S, E]."""
 
     ranked: np.ndarray
     routes: np.ndarray | None = None
     alone: np.ndarray | None = None
     by_chance: np.ndarray | None = None
-    shares: np.ndarray | None = None
+    weights: np.ndarray | None = None
 
     @property
     def said(self) -> np.ndarray:
@@ -41,12 +41,12 @@ class Answers:
     @property
     def routed(self) -> bool:
         """Whether it is of a mixture."""
-        return self.alone is not None or self.shares is not None
+        return self.alone is not None or self.weights is not None
 
     @property
     def experts(self) -> int:
         """Of a mixture."""
-        return (self.shares if self.alone is None else self.alone).shape[1]
+        return (self.weights if self.alone is None else self.alone).shape[-1]
 
     @property
     def taken(self) -> np.ndarray:
@@ -72,7 +72,7 @@ def answers(
         "routes": [],
         "alone": [],
         "by_chance": [],
-        "shares": [],
+        "weights": [],
     }
     for images, place in batches:
         images = images.to(device)
@@ -84,7 +84,8 @@ def answers(
             continue
         scores = model.gate_logits(images)  # [S, B, E, K, h, w]
         if getattr(model, "routing", "hard") == "soft":
-            parts["shares"].append(model.route(scores).mean(dim=(0, 3, 4, 5)).cpu().numpy())
+            weights = model.route(scores).permute(1, 0, 3, 4, 5, 2)  # [B, S, K, h, w, E]
+            parts["weights"].append(weights.flatten(1, 4).cpu().numpy())
             continue
         taken = scores.argmax(dim=2, keepdim=True)
         experts, shape = scores.shape[2], taken.transpose(0, 1).shape  # [B, S, 1, K, h, w]
@@ -143,28 +144,20 @@ def accuracies(found: Answers, labels: np.ndarray, classes: int) -> dict[str, Ri
 
 def loads(found: Answers) -> np.ndarray:
     """Share of images and sites that each expert takes, or of the weight where they are mixed; float [E]."""
-    if found.shares is not None:
-        return found.shares.mean(axis=0, dtype=np.float64)
-    return np.bincount(found.routes.ravel(), minlength=found.experts) / found.routes.size
+    return loads_by_site(found).mean(axis=0)
 
 
 def loads_by_site(found: Answers) -> np.ndarray:
-    """Share of images that each expert takes at each site, float [S, E]; where they are mixed, a single row: the shares
-    of the weight, mean over the sites."""
-    if found.shares is not None:
-        return loads(found)[None]
+    """Share of images, or of the weight where experts are mixed, that each expert takes at each site; float [S, E]."""
+    if found.weights is not None:
+        return found.weights.mean(axis=0, dtype=np.float64)
     return np.stack([(found.routes == expert).mean(axis=0) for expert in range(found.experts)], axis=1)
 
 
 def balance(found: Answers) -> float:
     """Effective number of experts, exp of the entropy of their loads, mean over the sites: 1 (every image the same way)
     to E."""
-    return float(effective_experts(loads_by_site(found)[..., None]).mean())
-
-
-def is_collapsed(found: Answers) -> bool:
-    """Whether nearly all images go one way at every site: the mixture is a plain network."""
-    return bool((loads_by_site(found).max(axis=1) > COLLAPSE).all())
+    return mean_effective_experts(loads_by_site(found))
 
 
 def labels_by_expert(found: Answers, labels: np.ndarray, classes: int) -> np.ndarray:

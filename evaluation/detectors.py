@@ -85,7 +85,7 @@ def detection_rows(
     """A row for each score and each kappa, 0 (an attacker who knows of no detector) first, in the columns of
     DETECTION_COLUMNS: accuracy clean and attacked, AUROC with its interval over the blocks of the images and FPR at
     95 % TPR of the score, on n_images clean images against as many attacked ones, which are rounded to bytes where
-    those of the setup are; None for both where a score is no number, as of a gate that says NaN. keep: of each batch
+    those of the setup are. A score that is no number, as of a gate that says NaN, flags nothing. keep: of each batch
     (see evaluation.beside)."""
     names, device = scores_of(target), torch.device(device)
     trials = [(name, kappa) for name in names for kappa in (0.0, *kappas)]
@@ -106,7 +106,10 @@ def detection_rows(
             right[trial] += right_here
     rows, resamples = [], Resamples(blocks)
     for (name, kappa), values in after.items():
-        area, low, high, fpr95 = areas(np.array(before[name]), np.array(values), resamples)
+        negative, positive = np.array(before[name]), np.array(values)
+        counts = counts_by_score(negative, positive)
+        drawn = resampled_auroc(negative, positive, resamples.multiplicities)
+        low, high = Estimate(float(auroc(counts)), drawn, resamples).bounds()
         rows.append(
             {
                 "model": target.name,
@@ -115,28 +118,15 @@ def detection_rows(
                 "kappa": kappa,
                 "clean": right[None] / max(valid, 1),
                 "attacked": right[name, kappa] / max(valid, 1),
-                "auroc": area,
+                "auroc": float(auroc(counts)),
                 "ci_low": low,
                 "ci_high": high,
                 "units": resamples.units,
-                "fpr95": fpr95,
+                "fpr95": fpr_at_tpr(counts),
                 "n_images": len(values),
             }
         )
     return rows
-
-
-def areas(
-    negative: np.ndarray, positive: np.ndarray, resamples: Resamples
-) -> tuple[float | None, float | None, float | None, float | None]:
-    """(AUROC, its interval, FPR at 95 % TPR) of scores [N] of clean images and of attacked ones; None with NaN among
-    them."""
-    if np.isnan(negative).any() or np.isnan(positive).any():
-        return None, None, None, None
-    counts = counts_by_score(negative, positive)
-    found = float(auroc(counts))
-    drawn = resampled_auroc(negative, positive, resamples.multiplicities)
-    return found, *Estimate(found, drawn, resamples).bounds(), fpr_at_tpr(counts)
 
 
 def measure(
@@ -184,7 +174,8 @@ def as_plain(values: Sequence[float]) -> list[float | None]:
 
 
 def as_numbers(values: Sequence[float | None]) -> list[float]:
-    return [math.nan if value is None else value for value in values]
+    """None is lower than any score: it flags nothing."""
+    return [-1.0 if value is None else value for value in values]
 
 
 def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
@@ -199,7 +190,7 @@ def side_by_side(rows: Iterable[Mapping]) -> list[dict]:
         plain = next(row for row in own if row["kappa"] == 0)
         taken = plain["clean"] - plain["attacked"]
         worth = [row for row in own if row["clean"] - row["attacked"] >= WORTH * taken] or [plain]
-        adaptive = min(worth, key=lambda row: math.inf if row["auroc"] is None else row["auroc"])
+        adaptive = min(worth, key=lambda row: math.inf if math.isnan(row["auroc"]) else row["auroc"])
         found.append({"plain": plain, "adaptive": adaptive})
     return found
 
@@ -216,9 +207,9 @@ def detection_table(rows: Iterable[Mapping]) -> list[str]:
                 eps_text(plain["eps"]),
                 plain["score"],
                 f"{plain['n_images']} + {plain['n_images']}",
-                area_of(plain),
+                area(plain),
                 percent(plain["fpr95"]),
-                area_of(adaptive),
+                area(adaptive),
                 percent(adaptive["fpr95"]),
                 f"{adaptive['kappa']:g}",
                 f"{percent(plain['clean'])} > {percent(plain['attacked'])} > {percent(adaptive['attacked'])}",
@@ -227,10 +218,8 @@ def detection_table(rows: Iterable[Mapping]) -> list[str]:
     return markdown_table(titles.split(", "), lines, left=3)
 
 
-def area_of(row: Mapping) -> str:
-    """AUROC with its interval, if there is one; a dash where it is not known."""
-    if row["auroc"] is None:
-        return "-"
+def area(row: Mapping) -> str:
+    """AUROC with its interval, if there is one."""
     interval = "" if row["ci_low"] is None else f" [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
     return f"{row['auroc']:.3f}{interval}"
 

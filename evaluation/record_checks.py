@@ -17,7 +17,7 @@ from evaluation.ledger import Record
 from evaluation.plan import records_of
 from evaluation.suites import CLEAN
 from evaluation.targets import Kind
-from metrics.gate import COLLAPSE, effective_experts
+from metrics.gate import COLLAPSE, is_collapsed, mean_effective_experts
 
 # Attacks by the name of their component. What is in neither has another goal than accuracy, or knows the target.
 WHITE_BOX = ("fgsm", "pgd", "segpgd", "cospgd", "apgd", "apgd_targeted")
@@ -303,27 +303,26 @@ def plausibility(bout: Bout) -> list[Finding]:
 
 
 def gate_collapse(bout: Bout) -> list[Finding]:
-    """A gate that gives nearly everything to one expert on the clean images, at every site that it decides for: the
-    mixture is that expert, or one network of parts of several."""
+    """A gate that gives nearly everything to one expert on the clean images, wherever it decides (each site, each
+    class): hardly anything hangs on the image."""
     weights = [record["weights"] for record in bout.clean.values() if "weights" in record]
     if not weights:
         return []
-    load = np.array(weights, dtype=float).mean(axis=(0, 3))  # [N, S, E, K] -> [S, E]
+    load = np.array(weights, dtype=float).mean(axis=0).swapaxes(1, 2)  # [N, S, E, K] -> [S, K, E]
+    load = load.reshape(-1, load.shape[2])
     if not np.isfinite(load).all():
         text = "its weights are not finite"
         return [Finding("gate collapse", bout.target, None, "", "flag", text)]
     largest = load.max(axis=1)
     text = f"expert {load[0].argmax()} has {percent(float(largest[0]))} % of the weight"
     if len(load) > 1:
-        text = (
-            f"one expert has over {100 * COLLAPSE:g} % of the weight at {(largest > COLLAPSE).sum()} of "
-            f"{len(load)} sites"
-        )
+        many = (largest > COLLAPSE).sum()
+        text = f"some expert has over {100 * COLLAPSE:g} % of the weight at {many} of {len(load)} sites and classes"
     text += (
-        f" over {len(weights)} clean images; effective number of experts "
-        f"{effective_experts(load[..., None]).mean():.2f} of {load.shape[1]}{', mean of the sites' * (len(load) > 1)}"
+        f" over {len(weights)} clean images; effective number of experts {mean_effective_experts(load):.2f} of "
+        f"{load.shape[1]}{', mean of these' * (len(load) > 1)}"
     )
-    severity = "flag" if (largest > COLLAPSE).all() else "ok"
+    severity = "flag" if is_collapsed(load) else "ok"
     return [Finding("gate collapse", bout.target, None, "", severity, text)]
 
 

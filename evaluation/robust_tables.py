@@ -124,6 +124,9 @@ def robust_rows(results: RobustResults, certificates: Sequence[Certified] = ()) 
         add(model, role, CLEAN.name, 0.0, results.clean(model))
         before = [results.hidden(model, 0.0, member) for member in results.members(model)]
         add(model, role, CLEAN.name, 0.0, {name: one for found in before for name, one in found.items()})
+        gate_free = results.gate_free(model, 0.0)
+        if isinstance(gate_free, Estimate):
+            add(model, role, CLEAN.name, 0.0, {"aacc_gate_free": gate_free})
         for eps in results.ladder:
             for member in results.members(model):
                 passes = results.passes(model, eps, [member])
@@ -263,7 +266,7 @@ def header_lines(results: RobustResults) -> list[str]:
         "bound: no choice of one recorded attack per image has a lower mIoU; it says nothing of other attacks.",
         "any gate: pixels of the adaptive worst case that are right whatever weights a gate of this kind gives, from "
         "the experts alone (clean: of the clean images). With one weight for all classes: where it is far below aAcc, "
-        "the experts are lost and only the gate holds. Weights for each class break pixels that all experts have "
+        "the experts are lost and only the gate holds. Weights for each class can break pixels that all experts have "
         "right, so that only the fall from clean tells anything there. A diagnostic of these images, no bound on "
         "others.",
         f"A figure marked * is within its interval of the floor ({FLOOR}): there nothing can be compared. "

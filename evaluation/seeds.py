@@ -129,8 +129,8 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     of clean figures and worst cases, in place of the clean matrix, which classifiers have none of.
 
     Raises UserError for fewer than two runs, a run given twice, matrices of other columns (the classes of mIoU_common
-    hang on the subsets), and runs without a common column. Rows and columns that not every run has are named below
-    the table. ! is behind those with a flag in the checks.csv of a run."""
+    hang on the subsets), and runs under other attacks. Rows and columns that not every run has are named below the
+    table. ! is behind those with a flag in the checks.csv of a run."""
     if any(tables_below(folder, RESULTS) and not tables_below(folder, MATRIX) for folder in folders):
         attacked = True  # classifiers
     name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
@@ -143,8 +143,8 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     tables = [read(path) for path in paths]
     titles = [list(next(iter(table.values()))) for table in tables]
     columns = [column for column in titles[0] if all(column in own for own in titles)]
-    for path, own in zip(paths, titles, strict=True):
-        if not columns or not attacked and own != titles[0]:
+    for path, own in zip(paths[1:], titles[1:], strict=True):
+        if not (shared_attacks(titles[0], own) if attacked else own == titles[0]):
             raise UserError(f"{path}: has other columns than {paths[0]}; compare runs of one pipeline")
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     flagged = {one for path in paths for one in flagged_in(path.with_name(CHECKS))} if attacked else set()
@@ -166,7 +166,7 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
             "",
             f"!: a check raised a flag against figures of it in one of these runs; see their {CHECKS}.",
         ]
-    if WHOLE["rise"] in columns:
+    if any(WHOLE["rise"] in own for own in titles):
         lines += [
             "",
             "rise: of the validation images' robust accuracy over the last fifth of training; nothing is ranked of "
@@ -177,6 +177,13 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     if others:
         lines += ["", f"Not in every run: {', '.join(others)}."]
     return "\n".join(lines)
+
+
+def shared_attacks(columns: Sequence[str], others: Sequence[str]) -> bool:
+    """Whether two runs have a figure under attack in common, where one of them has any."""
+    plain = {*WHOLE.values(), *(f"{figure} {ATTACKED['clean']}" for figure in FIGURES.values())}
+    own, theirs = (set(one) - plain for one in (columns, others))
+    return bool(own & theirs) or not (own or theirs)
 
 
 def _title(column: str) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 from evaluation.ledger import Record
 from evaluation.record_checks import bouts, right_pixels
 from evaluation.targets import ROUTED, Kind
-from metrics.gate import effective_experts
+from metrics.gate import mean_effective_experts
 
 TELEMETRY_COLUMNS = (
     "model", "eps", "attack", "figure", "expert", "class", "clean", "attacked", "n_images",
@@ -69,7 +69,10 @@ def figures(
     loads = [weights.mean(axis=(0, 1, 3)) for weights in (before, after)]  # [N, S, E, K] -> [E]
     yield row("load shift", 0.0, np.abs(loads[1] - loads[0]).sum() / 2)
     yield row("largest load", *(load.max() for load in loads))
-    yield row("effective experts", *(effective_experts(load[:, None])[0] for load in loads))
+    by_place = [
+        np.moveaxis(weights.mean(axis=0), 1, -1) for weights in (before, after)
+    ]  # [N, S, E, K] -> [S, K, E]
+    yield row("effective experts", *map(mean_effective_experts, by_place))
     experts = experts or [str(place) for place in range(len(loads[0]))]
     for place, expert in enumerate(experts):
         yield row("load", *(load[place] for load in loads), expert=expert)

@@ -37,6 +37,17 @@ def effective_experts(load: np.ndarray) -> np.ndarray:
     return np.exp(entropy(load))
 
 
+def mean_effective_experts(loads: np.ndarray) -> float:
+    """Effective experts of loads [S, E] at S places that a gate decides for (sites, classes), mean over these: 1 where
+    no decision hangs on the image, though every expert may have a place of its own."""
+    return float(effective_experts(np.asarray(loads)[..., None]).mean())
+
+
+def is_collapsed(loads: np.ndarray) -> bool:
+    """Whether one expert has nearly all at each of the S places, not everywhere the same; loads [S, E]."""
+    return bool((np.asarray(loads).max(axis=-1) > COLLAPSE).all())
+
+
 def gate_statistics(weights: np.ndarray) -> GateStatistics:
     """Statistics of per-image weights [N, E, K] that sum to 1 over E; N >= 1."""
     weights = np.asarray(weights, dtype=np.float64)

@@ -3,7 +3,7 @@
 import csv
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ from evaluation.classifier_tables import (
     read_clean,
     write_classifier_tables,
 )
-from evaluation.classifiers import ANSWERS, answers, save_answers, source_of_answers
+from evaluation.classifiers import ANSWERS, Answers, answers, save_answers, source_of_answers
 from evaluation.console import note_idle
 from evaluation.ledger import digest
 from evaluation.plan import Scene, Setup, cost_table, manifest_of
@@ -264,6 +264,7 @@ def clean_source(
             "models": {name: with_answers(one, first).identity for name, one in named.items()},
             "images": [list(split.names), split.labels.tolist(), content],
             "settings": [settings.batch_size, settings.images_seed],
+            "kept": [field.name for field in fields(Answers)],
             "machine": [device.type, torch.get_num_threads(), torch.__version__],
         }
     )

@@ -14,7 +14,7 @@ from engine.config import ClassifierTrain, UserError
 from engine.pathways import NO_LABEL
 from engine.steps import evaluating
 from evaluation.targets import exact_float32
-from metrics.gate import effective_experts
+from metrics.gate import mean_effective_experts
 
 STEP = 0.25  # of eps
 
@@ -84,7 +84,7 @@ def validated(
     figures = {metric: total / count for metric, total in totals.items()}
     if routed:
         loads = (weights / count).cpu().numpy()
-        figures["effective_experts"] = float(effective_experts(loads[..., None]).mean())
+        figures["effective_experts"] = mean_effective_experts(loads)
     if eps is not None:
         figures["robust_top1"] = min(figures["attacked_top1"], figures.get("frozen_top1", 1.0))
     return figures

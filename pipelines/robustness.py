@@ -197,18 +197,20 @@ def describe_attacks(config: Evaluation, index: FrameIndex, zoo: Zoo, subsets: S
 
 
 def costs_beside(config: Evaluation, index: FrameIndex, targets: Sequence[Target]) -> list[str]:
-    """Passes per image of what is not in the ledger, at the largest eps."""
+    """Passes per image of transfer and detectors, which are made at the largest eps. Checks and certificates take few,
+    on few images."""
     lines, attack = [], transfer_of(config, index)
     if attack is not None:
         size, classes, norm = tuple(config.data.image_size), len(index.classes), config.evaluate.norm
         made = [own for one in targets for own in transferred(attack, one, size, classes, norm)]
         passes = sum(own.forwards for own in made) + len(targets) * (1 + len(targets))
         lines.append(
-            f"transfer: {attack.name} for each and all shown to all, {number(passes)} passes per image"
+            f"transfer, at the largest eps: {attack.name} on each row, its images shown to every row: "
+            f"{number(passes)} passes per image"
         )
     if config.evaluate.detectors:
         told = ", ".join(f"{one.name} {number(cost(one))}" for one in targets)
-        lines.append(f"detectors, passes per image: {told}")
+        lines.append(f"detectors, at the largest eps, passes per image: {told}")
     return lines
 
 

@@ -55,8 +55,8 @@ def clean():
 
 def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
     both = clean()
-    shares = np.tile(np.float32([0.25, 0.75]), (12, 1))
-    both.answers[MOE] = Answers(both.answers[MOE].ranked, shares=shares)
+    weights = np.tile(np.float32([0.25, 0.75]), (12, 1, 1))
+    both.answers[MOE] = Answers(both.answers[MOE].ranked, weights=weights)
     write_classifier_tables(tmp_path, both, ABOUTS, "toy", {})
     figures = {
         row["metric"]: row["value"] for row in rows_of(tmp_path / "results.csv") if row["model"] == MOE
@@ -73,15 +73,21 @@ def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
 @pytest.mark.parametrize("sites", [1, 2])
 def test_a_mixture_that_sends_all_images_one_way_is_marked_without_attacks_too(sites, tmp_path):
     """Of two sites each has an expert of its own: loads alike, and a plain network all the same."""
-    both, text = clean(), "moe: gate collapse: over 95 % of the 12 clean images go one way at every site"
+    both, text = clean(), "moe: gate collapse: one expert has over 95 % of the 12 clean images at every site"
     own = both.answers[MOE]
     for name, route in (("routed", own.routes[:, 0]), ("collapsed", np.zeros(12, int))):
         both.answers[MOE] = replace(own, routes=np.stack([route, 1 - route][:sites], axis=1))
         told = write_classifier_tables(tmp_path / name, both, ABOUTS, "toy", {})
         lines = (tmp_path / name / "classifiers.md").read_text().splitlines()
         (line,) = [line for line in lines if line.startswith((f"| {MOE} | 1.", f"| {MOE} ! | 1."))]
-        assert (line.startswith(f"| {MOE} ! | 1.00 |"), f"!1 {text}" in told) == (name == "collapsed",) * 2
-        assert any("!: over 95 % of the images go one way at every site" in line for line in lines)
+        found = [
+            line.startswith(f"| {MOE} ! | 1.00 |"),
+            f"!1 {text}" in told,
+            any("91.67 !1" in one for one in told),
+        ]
+        assert found == [name == "collapsed"] * 3
+        assert (tmp_path / name / "checks.csv").exists() == (name == "collapsed")
+        assert any("!: at every site one expert has over 95 % of them" in line for line in lines)
 
 
 def test_where_routes_have_several_sites_the_tables_say_what_an_image_counts_for(tmp_path):
@@ -292,6 +298,19 @@ def test_autoattack_alone_calls_no_mixture_robust(tmp_path):
     assert found.text.endswith("no attack that knows the router was run: nothing here may be called robust")
     text = (tmp_path / "robustness.md").read_text()
     assert f"| {MOE} !1 | 100.00 | - |" in text and "worst case" in text
+
+
+def test_autoattack_alone_tells_of_collapse(tmp_path):
+    """Its ledger isn't asked; that of a suite is, so that nothing is told twice (here its gate says 100 % as well)."""
+    collapsed = clean()
+    collapsed.answers[MOE] = replace(collapsed.answers[MOE], routes=np.zeros((12, 1), int))
+    makers = {SUITE: made.suite, AUTOATTACK: made.auto}
+    for names in (AUTOATTACK,), (SUITE, AUTOATTACK):
+        folder = tmp_path / "_".join(names)
+        ledgers = {name: makers[name](folder / name) for name in names}
+        write_classifier_tables(folder, collapsed, ABOUTS, "toy", ledgers)
+        flags = [row for row in rows_of(folder / "checks.csv") if row["check"] == "gate collapse"]
+        assert [(row["model"], row["severity"]) for row in flags] == [(MOE, "flag")]
 
 
 def test_autoattack_alone_is_checked_for_plausibility_and_says_nothing_of_routes(tmp_path):

@@ -13,12 +13,13 @@ from evaluation.classifiers import (
     accuracies,
     answers,
     balance,
-    is_collapsed,
     labels_by_expert,
     load_answers,
     loads,
+    loads_by_site,
     save_answers,
 )
+from metrics.gate import mean_effective_experts
 from networks.cnn_moe.model import CNN, CNNMoE
 
 CPU = torch.device("cpu")
@@ -126,7 +127,8 @@ def test_every_figure_against_a_plain_loop():
     sites = [np.bincount(site, minlength=EXPERTS) / COUNT for site in found.routes.T]
     assert loads(found) == pytest.approx(np.mean(sites, axis=0))
     entropies = [-sum(p * math.log(p) for p in site if p) for site in sites]
-    assert balance(found) == pytest.approx(np.mean(np.exp(entropies))) and not is_collapsed(found)
+    assert balance(found) == pytest.approx(np.mean(np.exp(entropies)))
+    assert loads_by_site(found) == pytest.approx(np.stack(sites))
     assert hits["worst_route"] < hits["oracle_route"]
     assert list(accuracies(found, truth, 5)) == [name for name in figures if name != "top5"]
 
@@ -161,7 +163,7 @@ def test_a_site_for_each_class_where_weights_have_them():
     found = answers(Spatial(), batches(10), CPU)
     assert found.routes.tolist() == [[0, 1, 1]] * COUNT
     assert found.alone.tolist() == [[0, 1]] * COUNT and found.said.tolist() == [1] * COUNT
-    assert balance(found) == 1 and is_collapsed(found)  # each site has its expert, whatever the image
+    assert balance(found) == 1  # each site has its expert, whatever the image
     assert found.taken.tolist() == [1] * COUNT and loads(found).tolist() == pytest.approx([1 / 3, 2 / 3])
 
 
@@ -171,18 +173,19 @@ def test_a_mixture_of_the_k_best_takes_no_route_and_its_loads_are_its_weights(gr
     found = answers(model, batches(5), CPU)
     assert found.routed and found.experts == EXPERTS
     assert (found.routes, found.alone, found.by_chance) == (None, None, None)
-    whole = np.zeros(EXPERTS)
+    whole = np.zeros((model.router.sites, EXPERTS))
     with torch.no_grad():
         for place, image in enumerate(shown()):
             assert found.said[place] == model(image[None]).argmax()
-            own = np.zeros(EXPERTS)
-            for scores in model.inspect(image[None]).scores[:, 0]:
-                best = scores.sort(descending=True).indices[:2]
-                own[best.numpy()] += scores[best].softmax(dim=0).numpy() / len(model.gate_logits(image[None]))
-            np.testing.assert_allclose(found.shares[place], own, atol=1e-5)
-            whole += own / COUNT
-    np.testing.assert_allclose(loads(found), whole, atol=1e-5)
-    assert (np.sort(whole) > 0.05).all() and 1 < balance(found) < EXPERTS + 1e-9
+            for site, scores in enumerate(model.inspect(image[None]).scores[:, 0]):
+                own, best = np.zeros(EXPERTS), scores.sort(descending=True).indices[:2]
+                own[best.numpy()] = scores[best].softmax(dim=0).numpy()
+                np.testing.assert_allclose(found.weights[place, site], own, atol=1e-5)
+                whole[site] += own / COUNT
+    np.testing.assert_allclose(loads_by_site(found), whole, atol=1e-5)
+    np.testing.assert_allclose(loads(found), whole.mean(axis=0), atol=1e-5)
+    assert balance(found) == pytest.approx(mean_effective_experts(whole), abs=1e-4)
+    assert (loads(found) > 0.05).all() and 1 < balance(found) < EXPERTS + 1e-9
     assert set(accuracies(found, truth, CLASSES)) == {"top1", "top5"}
 
 

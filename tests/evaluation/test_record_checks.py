@@ -202,8 +202,8 @@ def test_a_gate_that_gives_all_to_one_expert_has_one_effective_expert():
     assert found((None, 1), (1, 0)).severity == "flag"
     fixed = found_of_sites([(1, 0), (0, 1)], [(1, 0), (0, 1)])  # no route hangs on the image
     assert fixed.severity == "flag"
-    assert fixed.text.startswith("one expert has over 95 % of the weight at 2 of 2 sites over 2 clean images")
-    assert fixed.text.endswith("effective number of experts 1.00 of 2, mean of the sites")
+    assert fixed.text.startswith("some expert has over 95 % of the weight at 2 of 2 sites and classes over 2")
+    assert fixed.text.endswith("effective number of experts 1.00 of 2, mean of these")
     half = found_of_sites([(1, 0), (0, 1)], [(1, 0), (1, 0)])
     assert half.severity == "ok" and "at 1 of 2 sites" in half.text and "1.50 of 2" in half.text
 

@@ -172,6 +172,8 @@ def test_the_gate_free_floor_is_that_of_the_images_of_the_worst_case():
     assert low < found.gate_free("moe", LARGE).value < high
     row = next(row for row in robust_rows(found) if row["metric"] == "aacc_gate_free" and row["eps"] == SMALL)
     assert (row["model"], row["value"]) == ("moe", 120 / 240)
+    row = next(row for row in robust_rows(found) if row["metric"] == "aacc_gate_free" and row["eps"] == 0)
+    assert (row["model"], row["attack"], row["value"]) == ("moe", "clean", 13 / 20)
     table = robust_markdown(found).splitlines()
     assert next(line for line in table if line.startswith("| moe")).split(" | ")[10] == "50.00 (clean 65.00)"
     assert next(line for line in table if line.startswith("| mean")).split(" | ")[10] == "-"

@@ -254,10 +254,10 @@ def test_mean_and_spread_of_attacked_figures(tmp_path, capsys):
     lines = summary([tmp_path / "a", tmp_path / "b"]).splitlines()
     assert lines[2] == f"| model | {' | '.join(titles[:-2])} |"
     assert lines[-1] == "Not in every run: top-1 AutoAttack 25.5/255, top-1 worst of all 25.5/255."
-    other = [row("moe", "", "clean", 0.0, "miou", 1) | {"suite": "quick"}]
+    other = [row("moe", "quick", "clean", 0.0, "top1", 0.6), row("moe", "quick", "pgd ce", 0.3, "top1", 0.2)]
     (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, other))
-    with pytest.raises(UserError, match="other columns"):
-        summary([tmp_path / "a", tmp_path / "b"], attacked=True)
+    with pytest.raises(UserError, match=r"b/results\.csv: has other columns than .*a/results\.csv"):
+        summary([tmp_path / "a", tmp_path / "b"], attacked=True)  # of another eps
     (tmp_path / "b" / "results.csv").write_text(csv_text(RESULT_COLUMNS, [row("moe", "", "", "", "miou", 1)]))
     with pytest.raises(UserError, match="holds no attacked figures"):
         summary([tmp_path / "a", tmp_path / "b"], attacked=True)

@@ -6,7 +6,15 @@ import numpy as np
 import pandas
 import pytest
 
-from metrics.gate import COLLAPSE, effective_experts, gate_statistics, pearson, spearman
+from metrics.gate import (
+    COLLAPSE,
+    effective_experts,
+    gate_statistics,
+    is_collapsed,
+    mean_effective_experts,
+    pearson,
+    spearman,
+)
 
 
 def test_a_gate_that_decides_by_image_one_that_never_decides_and_one_that_collapsed():
@@ -36,6 +44,18 @@ def test_entropy_of_the_mean_is_never_below_the_mean_of_entropies_nor_above_log_
 def test_the_alarm_rings_above_its_limit_whichever_expert_it_is(weight, alarm):
     weights = np.tile([[1 - weight], [weight]], (4, 1, 1))
     assert gate_statistics(weights).collapsed.tolist() == [alarm]
+
+
+def test_a_gate_decides_at_each_place_or_not_at_all():
+    fixed, routed = np.array([[1.0, 0.0], [0.04, 0.96]]), np.array([[1.0, 0.0], [0.5, 0.5]])
+    low = math.exp(-0.04 * math.log(0.04) - 0.96 * math.log(0.96))
+    assert mean_effective_experts(fixed) == pytest.approx((1 + low) / 2)
+    assert mean_effective_experts(routed) == pytest.approx(1.5)
+    assert (
+        is_collapsed(fixed)
+        and not is_collapsed(routed)
+        and not is_collapsed(np.array([[COLLAPSE, 1 - COLLAPSE]]))
+    )
 
 
 def test_correlations_are_those_of_pandas_with_ties_and_all():

@@ -304,12 +304,12 @@ def test_a_dry_run_tells_what_stands_beside_the_ledger(workshop, capsys):
     lines = capsys.readouterr().out.splitlines()
     (transfer,) = [line for line in lines if line.startswith("transfer")]
     (detectors,) = [line for line in lines if line.startswith("detectors")]
-    rows = len(detectors.split(", ")) - 1
+    rows = len(detectors.split(": ")[1].split(", "))
     # three steps and a last look at the images of each row; then clean and attacked ones, shown to each
     passes = rows * 4 + rows * (rows + 1)
-    assert transfer == f"transfer: pgd for each and all shown to all, {passes} passes per image"
+    assert transfer.endswith(f"pgd on each row, its images shown to every row: {passes} passes per image")
     # a clean look; an attack that knows of no detector and three that do, of 20 steps and two looks
-    assert detectors.startswith("detectors, passes per image: day 89, ")
+    assert detectors.startswith("detectors, at the largest eps, passes per image: day 89, ")
 
 
 FRAMES = [SimpleNamespace(name=f"{block}{place}", block=block) for block in "abcde" for place in range(5)]
