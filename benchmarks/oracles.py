@@ -34,7 +34,8 @@ from attacks.pgd import pgd
 from attacks.threat import Threat
 from benchmarks.timing import report
 from engine.config import from_dict
-from evaluation.classifier_tables import AUTOATTACK, load_images
+from evaluation.classifier_autoattack import AUTOATTACK
+from evaluation.image_results import load_images
 from evaluation.robust import is_complete
 from pipelines.classifier_evaluation import evaluate, folder_of
 from pipelines.cli import Options

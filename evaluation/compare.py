@@ -14,9 +14,8 @@ from pathlib import Path
 
 from engine.command import run
 from engine.config import UserError
-from evaluation.classifier_tables import load_images
 from evaluation.formats import eps_text, in_brackets, markdown_table, percent, points
-from evaluation.image_results import ImageResults
+from evaluation.image_results import ImageResults, load_images
 from evaluation.ledger import differences, read_manifest, shown
 from evaluation.robust import is_complete
 from evaluation.robust_results import COLUMNS, Column, RobustResults, within_floor

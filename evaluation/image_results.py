@@ -1,11 +1,12 @@
 """Robust figures of classifiers as a function of a ledger: each image is right or wrong under each attack."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from evaluation.deployment import as_deployed, is_scored
-from evaluation.ledger import Record
+from evaluation.ledger import Record, read_manifest, read_units
 from evaluation.plan import units_of
 from evaluation.robust_results import COLUMNS, Column
 from evaluation.statistics import Resamples, Share, estimate_image_mean
@@ -137,3 +138,8 @@ class ImageResults:
     def only(self, images: Sequence[str], right: np.ndarray) -> np.ndarray:
         """Of these images alone. KeyError for one that isn't there."""
         return right[[self._place[name] for name in images]]
+
+
+def load_images(ledger: str | Path) -> ImageResults:
+    """What a complete ledger says. UserError where there is none."""
+    return ImageResults(read_manifest(ledger), read_units(ledger))

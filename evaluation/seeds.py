@@ -15,7 +15,8 @@ from pathlib import Path
 
 from engine.command import run
 from engine.config import UserError
-from evaluation.classifier_tables import AUTOATTACK, SETTLED, WORST_OF_ALL
+from evaluation.classifier_autoattack import AUTOATTACK, WORST_OF_ALL
+from evaluation.classifier_clean import SETTLED
 from evaluation.formats import eps_text, markdown_table
 
 MATRIX, RESULTS, CHECKS = "matrix.csv", "results.csv", "checks.csv"

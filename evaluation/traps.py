@@ -25,18 +25,13 @@ from attacks.routed import look_inside
 from attacks.search import Found, scores
 from attacks.threat import Threat, seed_of
 from engine.command import run
+from evaluation.classifier_autoattack import AUTOATTACK
+from evaluation.classifier_clean import About, read_clean
 from evaluation.classifier_suites import classifier_members
-from evaluation.classifier_tables import (
-    AUTOATTACK,
-    SUITE,
-    About,
-    load_images,
-    read_clean,
-    write_classifier_tables,
-)
+from evaluation.classifier_tables import SUITE, write_classifier_tables
 from evaluation.classifiers import ANSWERS, answers, save_answers
 from evaluation.formats import aligned
-from evaluation.image_results import ImageResults
+from evaluation.image_results import ImageResults, load_images
 from evaluation.plan import Scene, Setup
 from evaluation.record_checks import ALARM
 from evaluation.robust import attack_all

@@ -23,15 +23,10 @@ from engine.config import (
 from engine.devices import own_gpu, pick_device
 from engine.pathways import NO_LABEL
 from evaluation.beside import FINDINGS, write_beside
+from evaluation.classifier_autoattack import AUTOATTACK
+from evaluation.classifier_clean import About, Clean, read_clean
 from evaluation.classifier_suites import classifier_members, passes_of
-from evaluation.classifier_tables import (
-    AUTOATTACK,
-    SUITE,
-    About,
-    Clean,
-    read_clean,
-    write_classifier_tables,
-)
+from evaluation.classifier_tables import SUITE, write_classifier_tables
 from evaluation.classifiers import ANSWERS, Answers, answers, save_answers, source_of_answers
 from evaluation.console import note_idle
 from evaluation.ledger import digest

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from attacks import autoattack
-from evaluation.classifier_tables import AUTOATTACK, SUITE, About, Clean, write_classifier_tables
+from evaluation.classifier_autoattack import AUTOATTACK
+from evaluation.classifier_clean import About, Clean
+from evaluation.classifier_tables import SUITE, write_classifier_tables
 from evaluation.classifiers import answers
 from evaluation.ledger import Ledger
 from evaluation.plan import Scene, Setup

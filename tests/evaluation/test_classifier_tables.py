@@ -1,124 +1,32 @@
 """Tables of classifiers: a function of ledgers made by hand, every figure known."""
 
-import csv
-import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from evaluation.beside import FINDINGS, write_beside
+from evaluation.classifier_autoattack import AUTOATTACK
+from evaluation.classifier_clean import read_clean
 from evaluation.classifier_tables import (
-    AUTOATTACK,
     SUITE,
     TIMING_COLUMNS,
-    About,
-    Clean,
-    auto_findings,
-    differences,
-    load_images,
-    read_clean,
     robust_markdown,
-    share,
     summary,
-    told,
     write_classifier_tables,
 )
-from evaluation.classifiers import Answers, save_answers
+from evaluation.classifiers import save_answers
 from evaluation.findings import Finding, Flags
+from evaluation.image_results import load_images
 from evaluation.results import FLOOR
 from evaluation.tables import RESULT_COLUMNS
 from tests.evaluation import image_ledgers as made
-from tests.evaluation.image_ledgers import LABELS, MOE, PATHS, PLAIN, wrong
+from tests.evaluation.classifier_folder import ABOUTS, clean, exact_interval, rows_of, write
+from tests.evaluation.image_ledgers import MOE, PATHS, PLAIN
 
 ROOT = Path(__file__).resolve().parents[2]
-ABOUTS = {
-    MOE: About("cnn_moe", 2000, 1100, 0.0123, 0.01, 0.0023, "advmoe", 0.004),
-    PLAIN: About("cnn", 1000, 1000, 0.01, 0.01, 0.0, "trades"),
-}
-
-
-def clean():
-    """The mixture has all but the last image right, of which expert 1 has every image wrong; the plain one all."""
-    labels = np.array(LABELS)
-    said = labels.copy()
-    said[11] = 0
-    ranked = np.stack([said, *((said + step) % 4 for step in (1, 2, 3))], axis=1)
-    routes = np.array([[0]] * 9 + [[1]] * 3)
-    moe = Answers(ranked, routes, np.stack([labels, (labels + 1) % 4], axis=1), labels)
-    plain = np.stack([(labels + step) % 4 for step in range(4)], axis=1)
-    return Clean(np.array(made.IMAGES), labels, tuple("abcd"), {MOE: moe, PLAIN: Answers(plain)}, "test")
-
-
-def test_a_mixture_of_several_experts_at_once_has_loads_and_no_routes(tmp_path):
-    both = clean()
-    weights = np.tile(np.float32([0.25, 0.75]), (12, 1, 1))
-    both.answers[MOE] = Answers(both.answers[MOE].ranked, weights=weights)
-    write_classifier_tables(tmp_path, both, ABOUTS, "toy", {})
-    figures = {
-        row["metric"]: row["value"] for row in rows_of(tmp_path / "results.csv") if row["model"] == MOE
-    }
-    assert set(figures) == {"top1", "rise", "load_0", "load_1", "effective_experts"}
-    assert float(figures["rise"]) == 0.004
-    assert (float(figures["load_0"]), float(figures["load_1"])) == (0.25, 0.75)
-    text = (tmp_path / "classifiers.md").read_text()
-    assert f"| {MOE} | 1.75 | 25.00 | - | - | 75.00 | - | - | - | - | 91.67 | - |" in text
-    assert "takes none of these routes; load is the share of the weight there" in text
-    assert "images of each label" not in text and rows_of(tmp_path / "routes.csv") == []
-
-
-@pytest.mark.parametrize("sites", [1, 2])
-def test_a_mixture_that_sends_all_images_one_way_is_marked_without_attacks_too(sites, tmp_path):
-    """Of two sites each has an expert of its own: loads alike, and a plain network all the same."""
-    both, text = clean(), "moe: gate collapse: one expert has over 95 % of the 12 clean images at every site"
-    own = both.answers[MOE]
-    for name, route in (("routed", own.routes[:, 0]), ("collapsed", np.zeros(12, int))):
-        both.answers[MOE] = replace(own, routes=np.stack([route, 1 - route][:sites], axis=1))
-        told = write_classifier_tables(tmp_path / name, both, ABOUTS, "toy", {})
-        lines = (tmp_path / name / "classifiers.md").read_text().splitlines()
-        (line,) = [line for line in lines if line.startswith((f"| {MOE} | 1.", f"| {MOE} ! | 1."))]
-        found = [
-            line.startswith(f"| {MOE} ! | 1.00 |"),
-            f"!1 {text}" in told,
-            any("91.67 !1" in one for one in told),
-        ]
-        assert found == [name == "collapsed"] * 3
-        assert (tmp_path / name / "checks.csv").exists() == (name == "collapsed")
-        assert any("!: at every site one expert has over 95 % of them" in line for line in lines)
-
-
-def test_where_routes_have_several_sites_the_tables_say_what_an_image_counts_for(tmp_path):
-    one, several = clean(), clean()
-    own = one.answers[MOE]
-    several.answers[MOE] = replace(own, routes=np.repeat(own.routes, 4, axis=1))
-    texts = []
-    for place, both in enumerate((one, several)):
-        write_classifier_tables(tmp_path / str(place), both, ABOUTS, "toy", {})
-        texts.append((tmp_path / str(place) / "classifiers.md").read_text())
-    assert (
-        f"## {MOE}: images of each label that take each expert\n" in texts[0]
-        and "most of its sites" not in texts[0]
-    )
-    assert f"## {MOE}: images of each label that take each expert at most sites\n" in texts[1]
-    assert "is that of the one which most of its sites take" in texts[1]
-
-
-def write(folder, names=(SUITE, AUTOATTACK)):
-    ledgers = {}
-    if SUITE in names:
-        ledgers[SUITE] = made.suite(folder / "ledger")
-    if AUTOATTACK in names:
-        ledgers[AUTOATTACK] = made.auto(folder / "ledger_autoattack")
-    write_classifier_tables(folder, clean(), ABOUTS, "toy", ledgers)
-    return ledgers
-
-
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def files_of(folder):
@@ -142,36 +50,6 @@ def value(written):
         return float(row["value"]) * 12, row
 
     return find
-
-
-def exact_interval(hits, images, level=0.95):
-    """Clopper-Pearson by halving: the p at which that many hits, or more extreme counts, have half of 1 - level."""
-
-    def at_least(p, hits):
-        return sum(math.comb(images, k) * p**k * (1 - p) ** (images - k) for k in range(hits, images + 1))
-
-    def solved(wanted, hits):
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if at_least(middle, hits) < wanted else (low, middle)
-        return low
-
-    tail = (1 - level) / 2
-    return (solved(tail, hits) if hits else 0.0, solved(1 - tail, hits + 1) if hits < images else 1.0)
-
-
-@pytest.mark.parametrize(("hits", "images"), [(0, 12), (1, 12), (7, 12), (12, 12), (41, 60)])
-def test_shares_have_their_exact_interval(hits, images):
-    counted = np.array([True] * images + [False] * 3)
-    right = np.array([place < hits for place in range(images)] + [True] * 3)
-    found = share(counted, right)
-    assert found[0] == hits / images and found[3] == images
-    assert found[1:3] == pytest.approx(exact_interval(hits, images), abs=1e-9)
-    low, high = exact_interval(hits, images)
-    assert told(counted, right) == f"{100 * hits / images:.2f} [{100 * low:.1f}, {100 * high:.1f}]"
-    assert math.isnan(share(~counted, np.zeros_like(right))[0]) == (images == 0)
-    assert told(np.zeros_like(counted), right) == "-"
 
 
 def test_results_csv_has_one_row_for_every_figure(written, value):
@@ -266,15 +144,6 @@ def test_markdown_tells_what_the_ledgers_say(written):
     assert "| a | 3 | 1 |" in names and "| d | 2 | 0 |" in names
 
 
-def test_differences_are_of_whole_models_and_paired(written):
-    results = load_images(written / "ledger")
-    found = differences(results, 0.01)
-    assert list(found) == [(MOE, PLAIN)]
-    assert found[MOE, PLAIN].value == pytest.approx((7 - 9) / 12)
-    low, high = found[MOE, PLAIN].interval()
-    assert low < (7 - 9) / 12 < high
-
-
 def test_the_checks_say_why_plain_attacks_are_not_believed(written, tmp_path):
     flags = {(row["model"], row["check"], row["eps"]): row["text"] for row in rows_of(written / "checks.csv")
              if row["severity"] == "flag"}  # fmt: skip
@@ -289,61 +158,6 @@ def test_the_checks_say_why_plain_attacks_are_not_believed(written, tmp_path):
         "AutoAttack leaves 0.00 % of 10 images right, our suite 10.00 %; our suite is too weak here, its figures mean "
         "nothing: go by the worst of all"
     )
-
-
-def test_autoattack_alone_calls_no_mixture_robust(tmp_path):
-    write(tmp_path, [AUTOATTACK])
-    (found,) = auto_findings(None, load_images(tmp_path / "ledger_autoattack"))
-    assert found.severity == "flag" and found.target == MOE
-    assert found.text.endswith("no attack that knows the router was run: nothing here may be called robust")
-    text = (tmp_path / "robustness.md").read_text()
-    assert f"| {MOE} !1 | 100.00 | - |" in text and "worst case" in text
-
-
-def test_autoattack_alone_tells_of_collapse(tmp_path):
-    """Its ledger isn't asked; that of a suite is, so that nothing is told twice (here its gate says 100 % as well)."""
-    collapsed = clean()
-    collapsed.answers[MOE] = replace(collapsed.answers[MOE], routes=np.zeros((12, 1), int))
-    makers = {SUITE: made.suite, AUTOATTACK: made.auto}
-    for names in (AUTOATTACK,), (SUITE, AUTOATTACK):
-        folder = tmp_path / "_".join(names)
-        ledgers = {name: makers[name](folder / name) for name in names}
-        write_classifier_tables(folder, collapsed, ABOUTS, "toy", ledgers)
-        flags = [row for row in rows_of(folder / "checks.csv") if row["check"] == "gate collapse"]
-        assert [(row["model"], row["severity"]) for row in flags] == [(MOE, "flag")]
-
-
-def test_autoattack_alone_is_checked_for_plausibility_and_says_nothing_of_routes(tmp_path):
-    write(tmp_path, [AUTOATTACK])
-    rows = rows_of(tmp_path / "checks.csv")
-    assert {row["check"] for row in rows if row["model"] == PLAIN} == {"plausibility"}
-    assert not [row for row in rows_of(tmp_path / "results.csv") if row["metric"] == "route_stability"]
-
-
-def test_no_gap_no_flag(tmp_path):
-    every = {key: made.wrong(*range(12)) for key in ((MOE, 0.02, "autoattack"), (PLAIN, 0.02, "autoattack"))}
-    auto = load_images(made.write(tmp_path / "auto", made.auto_plan(), every))
-    results = load_images(made.suite(tmp_path / "suite"))
-    found = auto_findings(results, auto)  # of the mixture the suite leaves 20 %, of the plain network 10 %
-    assert [(one.target, one.severity) for one in found] == [(MOE, "flag"), (PLAIN, "flag")]
-    few = {(MOE, 0.02, "autoattack"): wrong(*range(8)), (PLAIN, 0.02, "autoattack"): wrong(*range(9))}
-    auto = load_images(made.write(tmp_path / "few", made.auto_plan(), few))
-    assert [one.severity for one in auto_findings(results, auto)] == ["ok", "ok"]
-    auto = load_images(made.write(tmp_path / "none", made.auto_plan(), {}))
-    moe, plain = auto_findings(results, auto)
-    assert moe.text.endswith("the router hides its gradient from AutoAttack, whose figure means nothing")
-    assert plain.text.endswith("AutoAttack is too weak here, whose figure means nothing")
-
-
-def test_a_plain_attack_beside_autoattack_knows_no_router(tmp_path):
-    plan = made.suite_plan()
-    for target in plan["targets"]:
-        target["members"] = [one for one in target["members"] if one["column"] == "common"]
-    results = load_images(made.write(tmp_path / "plain", plan, {}))
-    auto = load_images(made.write(tmp_path / "auto", made.auto_plan(), {}))
-    moe, plain = auto_findings(results, auto)
-    assert moe.severity == "flag" and moe.text.endswith("nothing here may be called robust")
-    assert plain.severity == "ok"
 
 
 def test_made_again_they_are_the_same_bytes(written):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.classifier_tables import load_images
-from evaluation.image_results import ImageResults
+from evaluation.image_results import ImageResults, load_images
 from evaluation.ledger import read_manifest, read_units
 from evaluation.statistics import Resamples, clopper_pearson, estimate_image_mean
 from tests.evaluation import image_ledgers as made

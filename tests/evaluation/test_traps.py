@@ -6,7 +6,7 @@ import torch
 from attacks.search import scores
 from attacks.threat import Threat
 from evaluation import traps
-from evaluation.classifier_tables import load_images
+from evaluation.image_results import load_images
 from evaluation.traps import CLASSES, EPS, GATE_AWARE, GATES, MARGIN, TASKS, Trap, plain_attacks
 
 
