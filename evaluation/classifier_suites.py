@@ -78,8 +78,12 @@ def classifier_members(
     if kind == "single":
         once = [member(name, one, "adaptive", kind, 1) for name, one in own.single.items()]
         restarts = max(1, -(-(beside - passes_of(common)) // passes_of(once)))
-        found = {name: {**one, "restarts": restarts} for name, one in own.single.items()}
-        return common + [member(name, one, "adaptive", kind, 1) for name, one in found.items()]
+        found = [
+            member(name, {**one, "restarts": restarts}, "adaptive", kind, 1)
+            for name, one in own.single.items()
+        ]
+        known = [one.about["attack"] for one in common]  # begun once, some of these would be the same again
+        return common + [one for one in found if one.about["attack"] not in known]
     routed = {
         name: {"name": name, "steps": own.steps * runs_of(runs, num_experts)}
         for name, runs in own.routed.items()

@@ -7,9 +7,10 @@ from torch import nn
 from attacks.threat import Threat
 from engine.config import UserError
 from evaluation.classifier_suites import SUITES, classifier_members, passes_of, shown
-from evaluation.plan import Setup
+from evaluation.ledger import read_manifest, read_units
+from evaluation.plan import Setup, records_of
 from evaluation.robust import attack_all
-from evaluation.suites import main
+from evaluation.suites import main, member
 from evaluation.targets import target_of
 from networks.cnn_moe.model import CNNMoE
 from tests.evaluation import classifier_toy as toy
@@ -94,18 +95,39 @@ def test_costs_of_a_ledger_are_those_that_were_met(tmp_path):
     assert lines[-1].endswith(f"complete, {text} network passes")
 
 
+def test_an_attack_of_two_names_is_done_once_and_stands_under_both(tmp_path):
+    own, lines = target(1), []
+    twice = [member(name, {"name": "pgd", "steps": 3}, "common", "single", 1) for name in ("one", "other")]
+    scene = toy.Scene(torch.rand(2, 1, 3, 3), torch.tensor([2, 2]), ("a", "b"), ("a", "b"))
+    setup = Setup(tuple("abcdef"), (1e-4,), "none", ignore_index=-1)
+    assert attack_all(tmp_path, [scene], [own], {"net": twice}, setup, log=lines.append)
+    assert any(line.endswith(": 2 units of work, 2 to do here") for line in lines)  # one of them: clean
+    assert lines[-1].endswith(f"complete, {2 * (1 + twice[0].network_passes)} network passes")
+    manifest, units = read_manifest(tmp_path), read_units(tmp_path)
+    attacks = [record["attack"] for record in records_of(manifest, units)]
+    assert set(attacks) == {"clean", "one", "other"} and attacks.count("one") == attacks.count("other") > 0
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("experts", [2, 5])
 def test_a_single_network_gets_as_many_network_passes_as_the_mixtures_beside_it(suite, experts):
     whole = passes_of(classifier_members(suite, "hard", experts, True))
     alone = passes_of(classifier_members(suite, "single", beside=whole))
-    common, restart = (
-        passes_of(one for one in classifier_members(suite, "single") if one.column == column)
-        for column in ("common", "adaptive")
+    restart = passes_of(
+        member(name, one, "adaptive", "single", 1) for name, one in SUITES[suite].single.items()
     )
     assert whole <= alone < whole + restart
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_single_network_by_itself_meets_no_attack_twice(suite):
     once = classifier_members(suite, "single")
-    assert {one.attack.args.get("restarts", 1) for one in once} == {1} and passes_of(once) == common + restart
+    assert {one.attack.args.get("restarts", 1) for one in once} == {1}
+    attacks = [one.attack.plain() | {"restarts": 1} for one in once]
+    assert all(attacks.count(one) == 1 for one in attacks)
+    assert {one.name for one in once} == {
+        "quick": {"pgd ce", "apgd dlr", "apgd ce"}, "standard": {"pgd ce", "apgd ce", "apgd dlr"},
+    }[suite]  # fmt: skip
 
 
 @pytest.mark.parametrize("suite", SUITES)
