@@ -43,7 +43,9 @@ def cifar(
     and equal train batches, is read; python -m dataloaders.check tells that it is not the official one."""
     base = Path(root)
     if not base.is_dir():
-        raise UserError(f"cifar: there is no folder {base} (data.root)")
+        raise UserError(
+            f"cifar: there is no folder {base} (data.root); the README, Data, says how to obtain CIFAR"
+        )
     folder, train, test, label_bytes, names = BINARY[classes]
     for place in (base / folder, base):
         if any((place / name).exists() for name in (*train, *test)):

@@ -149,9 +149,8 @@ class ClassifierTrain(BasicTrain):
                 why = ", as nothing attacks the validation; set val_eps" if key == "val_steps" else ""
                 mistakes.append(Mistake((key,), f"has no effect with method: {method}{why}"))
         if method in METHODS and method != "advmoe":
-            mistakes += [
-                Mistake(("router", key), f"has no effect with method: {method}") for key in idle_keys(data)
-            ]
+            told = f"has no effect with method: {method}, which knows balance alone of train.router; null for none"
+            mistakes += [Mistake(("router", key), told) for key in idle_keys(data)]
         if method == "standard" and data.get("monitor") == "robust_top1" and not data.get("val_eps"):
             told = "robust_top1 is unknown as nothing attacks the validation; set val_eps, such as 8/255, or take top1"
             mistakes.append(Mistake(("monitor",), told))

@@ -43,6 +43,8 @@ from engine.values import (
     PositiveInt,
     Positives,
     Probability,
+    Several,
+    Share,
     Size,
 )
 from engine.yaml_source import Node, Problem, Source, dump, from_plain, to_plain
@@ -70,6 +72,8 @@ __all__ = [
     "NonNegativeInt",
     "Pipeline",
     "Positive",
+    "Several",
+    "Share",
     "PositiveInt",
     "Positives",
     "Probability",
@@ -139,6 +143,9 @@ def _validated(tree: Node, kind: str | None, problems: list[Problem]) -> Any:
 def _kind(plain: dict) -> str:
     if "stages" in plain:
         return "pipeline"
+    network = plain.get("network")
+    if isinstance(network, dict) and str(network.get("name")) in table_of("networks:CLASSIFIERS"):
+        return "classification"
     if isinstance(plain.get("train"), dict) and "method" in plain["train"]:
         return "classification"
     if "models" in plain:

@@ -1,7 +1,8 @@
 """What a script tells its user: one message, or every mistake of a config at once."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -21,6 +22,15 @@ class ConfigError(UserError):
     def __init__(self, lines: list[str]):
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """A UserError of the block names the config's key that it comes from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

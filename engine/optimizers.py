@@ -25,7 +25,7 @@ def sgd(
     nesterov: look ahead along the momentum; needs momentum above 0.
     """
     if nesterov and not momentum:
-        raise UserError("optimizer sgd: nesterov: true needs momentum above 0, and it is 0")
+        raise UserError("nesterov: true needs momentum above 0, and it is 0")
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
 
 
@@ -43,7 +43,7 @@ def adamw(
     weight_decay: share of the weights, times lr, that every step takes away, 0 or more.
     """
     if not all(0 <= beta < 1 for beta in betas):
-        raise UserError(f"optimizer adamw: betas {list(betas)}: expected two numbers from 0 to below 1")
+        raise UserError(f"betas {list(betas)}: expected two numbers from 0 to below 1")
     return torch.optim.AdamW(parameters, lr=lr, betas=tuple(betas), weight_decay=weight_decay)
 
 
@@ -121,8 +121,8 @@ def _schedule(
     """law(step, steps) gives the factor of the rate at a step, both counted without the warm-up."""
     if warmup_steps >= total_steps:
         raise UserError(
-            f"schedule warmup_steps: {warmup_steps} is wrong; expected fewer than the {total_steps} steps "
-            "of the training (epochs x batches / accumulate)"
+            f"warmup_steps: {warmup_steps} is wrong; expected fewer than the {total_steps} steps of the training "
+            "(epochs x batches / accumulate)"
         )
     steps = total_steps - warmup_steps
 

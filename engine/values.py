@@ -14,6 +14,7 @@ IGNORE = 255  # label of pixels that count nowhere
 
 _FRACTION = re.compile(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?)\s*/\s*([0-9.]+)", re.IGNORECASE)
 _BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?(KB|MB|GB|TB)", re.IGNORECASE)
+NAME_TOLD = "a name of letters, digits and _ - . /, a letter or a digit first in each part"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*(/[A-Za-z0-9][A-Za-z0-9_.\-]*)*")
 
 
@@ -85,7 +86,14 @@ def _each_once(values: list[str]) -> list[str]:
 
 Bool = Annotated[bool, _typed("true or false", _exactly(bool))]
 Text = Annotated[str, _typed("text (a number or true in quotes)", _exactly(str), bool)]
-Name = Annotated[str, _typed("a name of letters, digits and _ - . /", _exactly(str), _NAME.fullmatch)]
+Name = Annotated[
+    str,
+    _typed(
+        "a name of letters, digits and _ - . /, a letter or a digit first in each part",
+        _exactly(str),
+        _NAME.fullmatch,
+    ),
+]
 Subsets = Rows = Annotated[list[Text], AfterValidator(_each_once)]
 Bytes = Annotated[str, _typed("a size such as 40GB or 500MB", _exactly(str), byte_count)]
 
@@ -95,11 +103,14 @@ NonNegativeInt = Annotated[
     int, _typed("a whole number, 0 or more", _exactly(int), lambda number: number >= 0)
 ]
 
+Several = Annotated[int, _typed("a whole number, 2 or more", _exactly(int), lambda number: number > 1)]
+
 Float = Annotated[float, _typed("a number such as 1e-4 or 8/255", _number)]
 Positive = Annotated[float, _typed("a number above 0", _number, lambda number: number > 0)]
 Positives = Annotated[tuple[Positive, ...], Field(min_length=1)]
 NonNegative = Annotated[float, _typed("a number, 0 or more", _number, lambda number: number >= 0)]
 Probability = Annotated[float, _typed("a number from 0 to 1", _number, lambda number: 0 <= number <= 1)]
+Share = Annotated[float, _typed("a number above 0, at most 1", _number, lambda number: 0 < number <= 1)]
 Decay = Annotated[float, _typed("a number from 0, below 1", _number, lambda number: 0 <= number < 1)]
 
 ClassId = Annotated[int | str, PlainValidator(_class)]
@@ -126,4 +137,6 @@ ANNOTATIONS = {
     "NonNegative": NonNegative,
     "Probability": Probability,
     "Size": Size,
+    "Share": Share,
+    "Several": Several,
 }

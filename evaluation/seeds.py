@@ -130,8 +130,9 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     of clean figures and worst cases, in place of the clean matrix, which classifiers have none of.
 
     Raises UserError for fewer than two runs, a run given twice, matrices of other columns (the classes of mIoU_common
-    hang on the subsets), and runs under other attacks. Rows and columns that not every run has are named below the
-    table. ! is behind those with a flag in the checks.csv of a run."""
+    hang on the subsets), and runs under other attacks, on another number of images, or without a model in common. Rows
+    and columns that not every run has are named below the table. ! is behind those with a flag in the checks.csv of a
+    run."""
     if any(tables_below(folder, RESULTS) and not tables_below(folder, MATRIX) for folder in folders):
         attacked = True  # classifiers
     name, read = (RESULTS, read_attacked) if attacked else (MATRIX, read_matrix)
@@ -147,7 +148,13 @@ def summary(folders: Sequence[str | Path], attacked: bool = False) -> str:
     for path, own in zip(paths[1:], titles[1:], strict=True):
         if not (shared_attacks(titles[0], own) if attacked else own == titles[0]):
             raise UserError(f"{path}: has other columns than {paths[0]}; compare runs of one pipeline")
+        if attacked and (told := other_images(paths[0], path)):
+            raise UserError(f"{path}: {told} {paths[0]}; compare runs of one pipeline")
     shared = [name for name in tables[0] if all(name in table for table in tables)]
+    if not shared:
+        raise UserError(
+            f"{', '.join(map(str, paths))}: no model is in all of them; compare runs of one pipeline"
+        )
     flagged = {one for path in paths for one in flagged_in(path.with_name(CHECKS))} if attacked else set()
     cells = [
         [
@@ -185,6 +192,19 @@ def shared_attacks(columns: Sequence[str], others: Sequence[str]) -> bool:
     plain = {*WHOLE.values(), *(f"{figure} {ATTACKED['clean']}" for figure in FIGURES.values())}
     own, theirs = (set(one) - plain for one in (columns, others))
     return bool(own & theirs) or not (own or theirs)
+
+
+def other_images(first: Path, second: Path) -> str:
+    """In which numbers of attacked images two results.csv differ; "" where they don't."""
+    counts = [
+        {(row["suite"], row["subset"]): row["n_images"] for row in read_rows(path) if column_of(row)}
+        for path in (first, second)
+    ]
+    differing = [key for key in counts[0] if counts[0][key] != counts[1].get(key, counts[0][key])]
+    if not differing:
+        return ""
+    one, other = (count[differing[0]] for count in counts)
+    return f"{other} images under suite {differing[0][0]}, but {one} in"
 
 
 def _title(column: str) -> str:

@@ -14,6 +14,7 @@ from engine.arithmetic import layout_of
 from engine.checkpoints import differing, load_metadata, load_weights
 from engine.config import Classification, RouterTraining, UserError
 from engine.devices import pick_device
+from engine.errors import blaming
 from engine.learner import Learner, Result
 from engine.loop import fit, optimizer_steps
 from engine.pathways import Inputs, RouterPhase, adversary_of, balanced, classified
@@ -96,7 +97,8 @@ def start(model: nn.Module, config: Classification, images: ImageSet) -> None:
     where they are of another network, or of one that normalises otherwise, and where the last layer is of other
     classes."""
     source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
-    tensors, metadata = load_weights(source)
+    with blaming("train.start_from"):
+        tensors, metadata = load_weights(source)
     own, head = model.state_dict(), last_layer(model)
     wrong = [name for name in differing(own, tensors) if not (fresh and name in head)]
     if wrong:
@@ -199,9 +201,16 @@ def phases_of(config: Classification, model: nn.Module, steps: int) -> list[Phas
     """One phase for everything; for advmoe one for the pathways, one for the router."""
     train = config.train
 
-    def phase(name: str, part: nn.Module, loss, attack=None, recipes=train, clip_norm=None) -> Phase:
-        optimizer = (recipes.optimizer or train.optimizer).build(groups_of(part))
-        schedule = (recipes.schedule or train.schedule).build(optimizer, steps)
+    def phase(name: str, part: nn.Module, loss, attack=None, own=None, clip_norm=None) -> Phase:
+        """own: the router's section, whose recipes go before those of train."""
+
+        def build(key: str, *args):
+            recipe = getattr(own, key, None)
+            with blaming(f"train.router.{key}" if recipe else f"train.{key}"):
+                return (recipe or getattr(train, key)).build(*args)
+
+        optimizer = build("optimizer", groups_of(part))
+        schedule = build("schedule", optimizer, steps)
         return Phase(name, loss, list(part.parameters()), optimizer, schedule, attack, clip_norm)
 
     router = train.router or RouterTraining()

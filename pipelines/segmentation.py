@@ -19,6 +19,7 @@ from engine.arithmetic import autocast_of, layout_of
 from engine.checkpoints import load_metadata
 from engine.config import IGNORE, Data, Run, UserError
 from engine.devices import pick_device
+from engine.errors import blaming
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
 from engine.randomness import random_state, seed_everything
@@ -172,9 +173,12 @@ def phases_of(
         parts = [("gate", mixed if settings.adversarial == "none" else loss_of_images(mixed), trained)]
     phases = []
     for name, value, own in parts:
-        recipe = (run.gate.optimizer if name == "gate" else None) or settings.optimizer
-        optimizer = recipe.build(own)
-        phase = Phase(name, value, own, optimizer, settings.schedule.build(optimizer, steps))
+        own_recipe = run.gate.optimizer if name == "gate" else None
+        with blaming("gate.optimizer" if own_recipe else "train.optimizer"):
+            optimizer = (own_recipe or settings.optimizer).build(own)
+        with blaming("train.schedule"):
+            schedule = settings.schedule.build(optimizer, steps)
+        phase = Phase(name, value, own, optimizer, schedule)
         if settings.adversarial != "none":
             adversary = Adversary(settings.adversarial, value, ignore_index, settings.seed)
             phase.loss, phase.attack = adversary.loss, adversary.attack

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import Positive, PositiveInt, UserError
+from engine.config import Positive, PositiveInt, Several, Share, UserError
 from networks.cnn_moe import ARCHITECTURES, Architecture
 from networks.cnn_moe.body import GRANULARITIES, Body, Granularity
 from networks.cnn_moe.router import Router
@@ -61,7 +61,7 @@ class CNN(nn.Module):
         num_classes: int,
         *,
         arch: Architecture,
-        ratio: Positive = 1.0,
+        ratio: Share = 1.0,
         stem: Literal["cifar", "imagenet"] = "cifar",
         enlarge: PositiveInt = 1,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -100,8 +100,8 @@ class CNNMoE(nn.Module):
         num_classes: int,
         *,
         arch: Architecture,
-        ratio: Positive = 0.5,
-        num_experts: PositiveInt = 2,
+        ratio: Share = 0.5,
+        num_experts: Several = 2,
         stem: Literal["cifar", "imagenet"] = "cifar",
         granularity: Granularity = "model",
         top_k: PositiveInt = 1,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from engine.config import Positive, PositiveInt, UserError
+from engine.config import Positive, PositiveInt, Share, UserError
 from networks.cnn_moe import Architecture
 from networks.cnn_moe.body import Body
 from networks.cnn_moe.densenet import Dense, Transition
@@ -72,7 +72,7 @@ class SparseCNN(nn.Module):
         num_classes: int,
         *,
         arch: Architecture,
-        ratio: Positive = 0.5,
+        ratio: Share = 0.5,
         stem: Literal["cifar", "imagenet"] = "cifar",
         enlarge: PositiveInt = 1,
         mean: tuple[float, float, float] = (0.5, 0.5, 0.5),

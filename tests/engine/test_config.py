@@ -140,7 +140,11 @@ def test_every_mistake_at_once_with_line_value_and_suggestion(write):
             "evaluate.attack_images: 0 is wrong; expected all, blocks, or a whole number above 0",
         ),
         ("data.component=1", None),
-        ("name=../x", 'name: "../x" is wrong; expected a name of letters, digits and _ - . /'),
+        (
+            "name=../x",
+            'name: "../x" is wrong; expected a name of letters, digits and _ - . /, '
+            "a letter or a digit first in each part",
+        ),
         (
             "evaluate.attacks=[clean]",
             'evaluate.attacks.0: "clean" is wrong; expected a mapping such as {name: clean}',
@@ -365,6 +369,25 @@ def test_kind_is_told_by_the_keys(write):
         for name, text in zip("rrep", (EXPERT, MOE, EVALUATION, PIPELINE), strict=True)
     }
     assert kinds == {"r": KINDS["run"], "e": KINDS["evaluation"], "p": KINDS["pipeline"]}
+
+
+def test_a_wrong_train_section_of_a_classifier_is_the_one_mistake_told():
+    network = {"name": "cnn_moe", "arch": "resnet18"}
+    with pytest.raises(ConfigError) as raised:
+        from_dict({"name": "x", "data": {"name": "digits"}, "network": network, "train": 5})
+    assert len(raised.value.lines) == 1 and "train: 5 is wrong" in raised.value.lines[0]
+
+
+def test_all_numbers_that_make_no_network_are_told_at_once():
+    network = {"name": "cnn_moe", "arch": "resnet18", "ratio": 2, "num_experts": 1, "router_width": -1}
+    with pytest.raises(ConfigError) as raised:
+        from_dict(
+            {"name": "x", "data": {"name": "digits"}, "network": network, "train": {"method": "standard"}}
+        )
+    told = "\n".join(raised.value.lines)
+    assert "network.ratio: 2 is wrong; expected a number above 0, at most 1" in told
+    assert "network.num_experts: 1 is wrong; expected a whole number, 2 or more" in told
+    assert "network.router_width: -1 is wrong" in told
 
 
 # Pipelines

@@ -134,5 +134,24 @@ def test_seeds_tell_what_is_wrong(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             summary([tmp_path / folder for folder in folders])
+    matrix_file(tmp_path / "none", {"router": (0.5, 0.6)})
+    with pytest.raises(UserError, match="none.matrix.csv: no model is in all of them"):
+        summary([tmp_path / "a", tmp_path / "none"])
+    for name, images in (("nine", 9), ("four", 4)):
+        (tmp_path / name).mkdir()
+        row = {
+            "model": "moe",
+            "suite": "quick",
+            "attack": "clean",
+            "eps": 0.0,
+            "metric": "top1",
+            "value": 0.5,
+        }
+        text = csv_text(RESULT_COLUMNS, [{**row, "subset": "test", "n_images": images}])
+        (tmp_path / name / "results.csv").write_text(text)
+    with pytest.raises(
+        UserError, match="results.csv: 4 images under suite quick, but 9 in .*nine.results.csv"
+    ):
+        summary([tmp_path / "nine", tmp_path / "four"])
     assert run(main, [str(tmp_path / "nowhere")]) == 2
     assert "no matrix.csv" in capsys.readouterr().err

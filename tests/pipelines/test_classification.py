@@ -370,7 +370,7 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"method": "standard"}, "train.eps: has no effect with method: standard"),
         (
             {"method": "trades", "router": {"balance": 0.1, "clip_norm": 2.0}},
-            "train.router.clip_norm: has no effect with method: trades",
+            "train.router.clip_norm: has no effect with method: trades, which knows balance alone .* null for none",
         ),
         ({"eps": 8}, "train.eps: 8 lets every pixel become any other.* 8/255 may be meant"),
         ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
@@ -409,10 +409,12 @@ def test_a_start_of_a_router_is_refused_where_there_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("network", "keys", "told"),
     [
-        (ROUTED, {"schedule": {"name": "cosine", "warmup_steps": 1000}}, "warmup_steps: 1000 is wrong"),
-        (ROUTED, {"router": {"schedule": {"name": "cosine", "warmup_steps": 1000}}}, "warmup_steps: 1000 is wrong"),
+        (ROUTED, {"schedule": {"name": "cosine", "warmup_steps": 1000}},
+         "^train.schedule: warmup_steps: 1000 is wrong"),
+        (ROUTED, {"router": {"schedule": {"name": "cosine", "warmup_steps": 1000}}},
+         "^train.router.schedule: warmup_steps: 1000 is wrong"),
         (PLAIN, {"method": "trades", "optimizer": {"name": "sgd", "lr": 1, "momentum": 0, "nesterov": True}},
-         "nesterov: true needs momentum"),
+         "^train.optimizer: nesterov: true needs momentum"),
         ({**ROUTED, "num_experts": 12}, {}, "train.router.target: label_mod sends 10 classes .*num_experts is 12"),
     ],
 )  # fmt: skip
