@@ -44,14 +44,14 @@ class Labelled:
 class Folder:
     """Files below a folder."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, path: Path):
+        self.path = path
 
     def names(self) -> list[str]:
         """Of all image files, sorted."""
         found = []
-        for folder, _, files in os.walk(self.root):
-            inner = os.path.relpath(folder, self.root)
+        for folder, _, files in os.walk(self.path):
+            inner = os.path.relpath(folder, self.path)
             found += [
                 name if inner == "." else f"{inner}/{name}"
                 for name in files
@@ -62,15 +62,15 @@ class Folder:
     def facts(self, names: Sequence[str]) -> Iterator[tuple]:
         """What changes where a file does."""
         for name in names:
-            yield (name, *fingerprint(self.root / name))
+            yield (name, *fingerprint(self.path / name))
 
     def read(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """(name, bytes) in any order."""
         for name in names:
             try:
-                content = (self.root / name).read_bytes()
+                content = (self.path / name).read_bytes()
             except OSError as error:
-                raise UserError(f"{self.root / name}: can't be read ({error.strerror or error})") from error
+                raise UserError(f"{self.path / name}: can't be read ({error.strerror or error})") from error
             yield name, content
 
 
@@ -236,7 +236,7 @@ def decode_all(source: Folder | Archive, names: Sequence[str], size: int, folder
         ):
             write_at(file.fileno(), np.frombuffer(npy_header(shape), np.uint8), 0)
             for name, content in progress(source.read(left), len(left), f"decoding {title}", say, "image"):
-                image, row = np.ascontiguousarray(decode(content, size, f"{title}: {name}")), rows[name]
+                image, row = np.ascontiguousarray(decode(content, size, f"{source.path}: {name}")), rows[name]
                 write_at(file.fileno(), image, len(npy_header(shape)) + row * image.nbytes)
                 sums[row] = zlib.crc32(image)
                 journal.write(f"{row} {sums[row]}\n")

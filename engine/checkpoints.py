@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.config import UserError, first_line
 
 STATE_VERSION = 1  # raised when last.pt changes so that older ones can't be resumed
+AGAIN = "start again with --overwrite, which removes best.safetensors beside it, too: copy it if you want it"
 
 
 def atomic_write(path: str | Path, data: bytes | memoryview | str) -> None:
@@ -64,12 +65,10 @@ def load_state(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{path}: damaged ({first_line(error)}); start again with --overwrite") from error
+        raise UserError(f"{path}: damaged ({first_line(error)}); {AGAIN}") from error
     found = state.get("version") if isinstance(state, dict) else None
     if found != STATE_VERSION:
-        raise UserError(
-            f"{path}: state of version {found}, not {STATE_VERSION}; start again with --overwrite"
-        )
+        raise UserError(f"{path}: state of version {found}, not {STATE_VERSION}; {AGAIN}")
     return state
 
 

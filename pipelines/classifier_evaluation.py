@@ -326,7 +326,9 @@ def attacked_images(split: ImageSplit, settings: ClassifierEvaluate) -> ImageSpl
     for key, count in counts.items():
         if count > len(split):
             hint = "; all takes them all" * (key == "attack_images")
-            raise UserError(f"evaluate.{key}: {count} of {len(split)} {settings.split} images{hint}")
+            raise UserError(
+                f"evaluate.{key}: {count} is more than the {len(split)} {settings.split} images{hint}"
+            )
     most = max(counts.values())
     if suite_asked(settings) and most > counts["attack_images"]:
         raise UserError(

@@ -292,13 +292,16 @@ def test_clean_alone_needs_no_images_to_attack(bench):
     ("settings", "told"),
     [
         ({"attack_rows": ["mole"]}, "evaluate.attack_rows: there is no model 'mole'; allowed: moe, plain"),
-        ({"attack_images": 1201}, "evaluate.attack_images: 1201 of 1200 test images; all takes them all$"),
+        (
+            {"attack_images": 1201},
+            "evaluate.attack_images: 1201 is more than the 1200 test images; all takes them all$",
+        ),
         ({"autoattack": 7}, "evaluate.autoattack: 7 of evaluate.attack_images, 6"),
         (
             {"autoattack": 1, "autoattack_eps": 8 / 255},
             "evaluate.autoattack_eps: 8/255 is none of evaluate.eps; allowed: 25.5/255, 76.5/255",
         ),
-        ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 of 1200 test images$"),
+        ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 is more than the 1200 test images$"),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
         ({"attacks": [{"name": "member_sum"}]}, "for ensembles, and none of moe, .*plain is one"),
