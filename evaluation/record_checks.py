@@ -175,6 +175,9 @@ def masking(bout: Bout) -> list[Finding]:
     adaptive = [
         name for name, column in bout.columns.items() if column == "adaptive" and name in bout.attacks
     ]
+    if not adaptive and bout.kind == "single":
+        text = "not judged: no attack beyond the common ones was run; it has no routes or parts to adapt to"
+        return [bout.finding("masking", "note", text)]
     if not adaptive:
         text = "no adaptive attack was run: nothing here may be called robust"
         return [bout.finding("masking", "flag", text)]

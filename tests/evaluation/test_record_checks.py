@@ -88,6 +88,8 @@ def test_masking_is_flagged_with_the_gap_between_the_suites_worst_cases():
     assert severity(*groups, name="masking", kind="single") == {"note"}
     (missing,) = check(records("pgd"), name="masking")
     assert missing.severity == "flag" and "no adaptive attack was run" in missing.text
+    (alone,) = check(records("pgd"), name="masking", kind="single")
+    assert alone.severity == "note" and "no routes or parts to adapt to" in alone.text
 
 
 def test_gradients_that_were_zero_or_not_finite_are_flagged():
