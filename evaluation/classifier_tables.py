@@ -25,10 +25,16 @@ from evaluation.plan import records_of
 from evaluation.record_checks import check_manifest, plausibility
 from evaluation.results import FLOOR
 from evaluation.tables import RESULT_COLUMNS
-from evaluation.telemetry import TELEMETRY_COLUMNS, telemetry_rows
+from evaluation.telemetry import COMPONENT_COLUMNS, TELEMETRY_COLUMNS, component_rows, telemetry_rows
 
 SUITE = "suite"
-OF_ATTACKS = ("robustness.md", "checks.csv", "timing.csv", "telemetry.csv")  # tables that only attacks have
+OF_ATTACKS = (
+    "robustness.md",
+    "checks.csv",
+    "timing.csv",
+    "telemetry.csv",
+    "components.csv",
+)  # only attacks have these
 TIMING_COLUMNS = ("ledger", "model", "eps", "attack", "seconds", "passes")
 
 
@@ -37,7 +43,8 @@ def write_classifier_tables(
 ) -> list[str]:
     """Writes the tables of a folder; results.csv last: where it is, all is there. ledgers: SUITE and AUTOATTACK, those
     that are complete. Returns a summary for a terminal."""
-    folder, findings, rows, timing, telemetry = Path(folder), [], clean_rows(clean, about), [], []
+    folder, findings, rows = Path(folder), [], clean_rows(clean, about)
+    timing, telemetry, parts = [], [], []
     found: dict[str, ImageResults] = {}
     for name in (SUITE, AUTOATTACK):
         if name not in ledgers:
@@ -48,7 +55,10 @@ def write_classifier_tables(
         rows += robust_rows(one)
         timing += timing_rows(name, one, read_seconds(ledgers[name]))
         kinds = {target: own["identity"]["kind"] for target, own in one.targets.items()}
-        telemetry += telemetry_rows(list(records_of(manifest, units)), kinds)
+        records = list(records_of(manifest, units))
+        telemetry += telemetry_rows(records, kinds)
+        if name == SUITE:
+            parts += component_rows(records, kinds, {model: one.pathways(model) for model in one.mixtures})
     results, auto = found.get(SUITE), found.get(AUTOATTACK)
     findings += collapse_findings(clean, () if results is None else results.targets)
     if auto is not None:
@@ -66,6 +76,7 @@ def write_classifier_tables(
             "robustness.md": robust_markdown(results, auto, findings, about),
             "timing.csv": csv_text(TIMING_COLUMNS, timing),
             "telemetry.csv": csv_text(TELEMETRY_COLUMNS, telemetry),
+            "components.csv": csv_text(COMPONENT_COLUMNS, parts),
         }
     for name in OF_ATTACKS:  # of an earlier evaluation here
         (folder / name).unlink(missing_ok=True)

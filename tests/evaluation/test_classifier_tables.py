@@ -160,10 +160,22 @@ def test_the_checks_say_why_plain_attacks_are_not_believed(written, tmp_path):
     )
 
 
+def test_parts_of_a_mixture_are_told_on_the_images_that_the_worst_case_left(written):
+    """Images 0 to 7 and 11 are lost to some attack; joint flips 1, gate_only 2 and 3, change_route 7."""
+    rows = [row for row in rows_of(written / "components.csv") if row["eps"] == "0.02"]
+    assert {row["model"] for row in rows} == {MOE}
+    parts = {row["part"]: (round(12 * float(row["value"]), 6), row["n_images"]) for row in rows}
+    assert parts["model"] == (3, "12") and parts["clean"] == (11, "12")
+    assert parts[f"expert {PATHS[0]}, attacked by itself"] == (9, "12")
+    assert parts[f"expert {PATHS[1]}, attacked by itself"] == (9, "12")
+    assert parts["route changed at a recorded point"] == (4, "12")
+
+
 def test_made_again_they_are_the_same_bytes(written):
     before = files_of(written)
     assert set(before) == {
-        "classifiers.md", "routes.csv", "robustness.md", "checks.csv", "timing.csv", "telemetry.csv", "results.csv",
+        "classifiers.md", "routes.csv", "robustness.md", "checks.csv", "timing.csv", "telemetry.csv", "components.csv",
+        "results.csv",
     }  # fmt: skip
     write(written)
     assert files_of(written) == before
@@ -220,5 +232,5 @@ def test_killed_within_autoattack_and_between_units_the_tables_are_those_of_an_u
         "0",
     ]  # each of them by SIGKILL, the last by itself
     whole, killed = (files_of(tmp_path / name) for name in ("whole", "killed"))
-    assert set(whole) == set(killed) and len(whole) == 7
+    assert set(whole) == set(killed) and len(whole) == 8
     assert [name for name in whole if whole[name] != killed[name]] in ([], ["timing.csv"])
