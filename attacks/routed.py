@@ -51,7 +51,8 @@ def soft_gate(
 
     Args:
         temperatures: one run for each, in units of the spread of the gate logits on the clean image; each begins
-            with the best points of the one before.
+            with the best points of the one before. An image of one label has no point that is better than its clean
+            one before it is lost, and each but the first begins there.
         straight_through: the model's own weights forward, those of the softmax backward only.
         loss: of the task; a mask is that of the pixels which the model still gets right.
         steps: gradient steps of all runs together.
@@ -147,8 +148,8 @@ def joint(
     """Raises the task's loss plus a strength times the gate's loss, the cross-entropy of its clean decision.
 
     Args:
-        strengths: one run for each, which begins with the best points of the one before; a single strength may
-            weaken an attack.
+        strengths: one run for each, which begins with the best points of the one before, as in soft_gate; a single
+            strength may weaken an attack.
         loss: of the task; a mask is that of the pixels which the model still gets right.
         steps: gradient steps of all runs together.
         restarts: times that all strengths begin anew.
@@ -209,6 +210,7 @@ def each_path(
     *,
     loss: TaskLoss = "masked_ce",
     steps: PositiveInt = 20,
+    restarts: PositiveInt = 1,
     climber: Climber = "pgd",
 ) -> Found:
     """Raises the task's loss with all weight on one expert, on each in turn, wherever the gate goes meanwhile.
@@ -216,6 +218,7 @@ def each_path(
     Args:
         loss: of the task; a mask is that of the pixels which the model still gets right.
         steps: gradient steps of all experts together.
+        restarts: times that each expert's turn begins anew.
         climber: with a fixed step (pgd), or one that is halved where the loss no longer rises (apgd).
     """
     search = RoutedSearch(model, images, labels, threat, loss, climber)
@@ -224,7 +227,8 @@ def each_path(
         seen = search.inside(points)
         return search.trial(seen.mix(vertex), seen.logits)
 
-    return search.run("each_path", [partial(objective, vertex=one) for one in search.vertices()], steps)
+    objectives = [partial(objective, vertex=one) for one in search.vertices()] * restarts
+    return search.run("each_path", objectives, steps)
 
 
 def all_to_one_wrong(

@@ -42,6 +42,10 @@ class Packed:
             raise UserError(f"{self.path}: is cut off; it has {self.path.stat().st_size} bytes of {whole}")
         return environment
 
+    def holds(self, files: Sequence[Labelled], classes: Sequence[str]) -> bool:
+        """Whether it is of these files, by their names and labels."""
+        return self.classes == tuple(classes) and self.files == list(files)
+
     def names(self) -> list[str]:
         return sorted(one.name for one in self.files)
 
@@ -60,10 +64,10 @@ def pack(source, files: Sequence[Labelled], classes: Sequence[str], path: Path) 
     there already."""
     if path.exists():
         raise UserError(f"{path}: exists; delete it first")
-    path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f"{path.name}.building")
-    building.unlink(missing_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building.unlink(missing_ok=True)
         with lmdb().open(str(building), subdir=False, map_size=MAP_BYTES, lock=False) as environment:
             content = progress(
                 source.read([one.name for one in files]), len(files), f"packing {path}", say, "image"
@@ -80,10 +84,12 @@ def pack(source, files: Sequence[Labelled], classes: Sequence[str], path: Path) 
             about = json.dumps([list(classes), [(one.name, one.label) for one in files]])
             with environment.begin(write=True) as transaction:
                 transaction.put(ABOUT, about.encode())
-    except BaseException:
-        building.unlink(missing_ok=True)
-        raise
-    os.replace(building, path)
+        os.replace(building, path)
+    except (OSError, lmdb().Error) as error:
+        raise UserError(f"{path}: can't be written ({getattr(error, 'strerror', None) or error})") from error
+    finally:
+        if path.parent.is_dir():
+            building.unlink(missing_ok=True)
     say(f"packed {len(files)} images into {path}, {shutil.disk_usage(path.parent).free / 1e9:.0f} GB left")
 
 

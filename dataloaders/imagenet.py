@@ -89,7 +89,7 @@ def solved(path: Path, classes: Sequence[str], names: Sequence[str]) -> list[Lab
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Packs train and val of ROOT into OUT/train.lmdb and OUT/val.lmdb."""
+    """Packs train and val of ROOT into OUT/train.lmdb and OUT/val.lmdb; one that is there whole stays."""
     parser = argparse.ArgumentParser(description="packs the files of ImageNet into two LMDBs, as they are")
     parser.add_argument(
         "root", metavar="ROOT", type=Path, help="the unpacked Kaggle archive, or class folders"
@@ -98,7 +98,11 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
     sources, files, classes = find(given.root)
     for split, name in (("train", "train.lmdb"), ("test", "val.lmdb")):
-        pack(sources[split], files[split], classes, given.out / name)
+        path = given.out / name
+        if path.is_file() and Packed(path).holds(files[split], classes):
+            print(f"{path}: is there already, with these {len(files[split])} images")
+            continue
+        pack(sources[split], files[split], classes, path)
     return 0
 
 

@@ -130,7 +130,7 @@ class ClassifierTrain(BasicTrain):
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
         method = data.get("method")
-        mistakes = [*boundless(data), *boundless(data, "val_eps")]
+        mistakes = [one for key in ("eps", "val_eps", "step_size") for one in boundless(data, key)]
         if method in METHODS and method != "standard" and "eps" not in data:
             mistakes.append(Mistake(("eps",), f"missing; method: {method} attacks its images, such as 8/255"))
         if method == "standard" and "eps" in data:
@@ -182,6 +182,10 @@ class ClassifierEvaluate(Section):
     suite: Literal["none", "quick", "standard"] = Field(
         "none", description="attacks on every network; what they are and cost: python -m evaluation.suites"
     )
+    restarts: PositiveInt = Field(
+        1,
+        description="times that each attack of the suite begins, with all its steps: as many times the cost",
+    )
     eps: Annotated[list[Positive], AfterValidator(each_once)] | None = Field(
         None,
         description="largest changes that attacks may make, for pixels in [0, 1], such as [8/255]; null: that of the "
@@ -228,8 +232,9 @@ class ClassifierEvaluate(Section):
                     ("deployment_precision",), "needs attacks beside it: evaluate.suite, or evaluate.attacks"
                 )
             )
-        if data.get("autoattack_eps") is not None and not data.get("autoattack"):
-            mistakes.append(Mistake(("autoattack_eps",), "has no effect without evaluate.autoattack"))
+        for key in ("autoattack_eps", "autoattack_batch_size"):
+            if key in data and data[key] != cls.model_fields[key].default and not data.get("autoattack"):
+                mistakes.append(Mistake((key,), "has no effect without evaluate.autoattack"))
         return mistakes
 
 

@@ -198,7 +198,7 @@ class Adversarial(Section):
 
     @classmethod
     def cross_checks(cls, data: dict) -> list[Mistake]:
-        mistakes = boundless(data)
+        mistakes = [*boundless(data), *boundless(data, "step_size")]
         default = cls.model_fields["beta"].default
         if data.get("beta", default) != default and data.get("loss", "ce") == "ce":
             mistakes.append(Mistake(("beta",), "has no effect without loss: trades"))

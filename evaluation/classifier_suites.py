@@ -26,6 +26,9 @@ class Suite:
 
 
 EACH = "each expert"  # as many runs as there are experts
+STEPS_EACH = (
+    "change_route",
+)  # steps of a restart; those of other attacks on mixtures are of all restarts together
 
 SUITES = {
     "quick": Suite(
@@ -55,12 +58,12 @@ NAMES = ("none", *SUITES)
 
 
 def classifier_members(
-    suite: str, kind: Kind, num_experts: int = 1, active: int = 0, beside: int = 0
+    suite: str, kind: Kind, num_experts: int = 1, active: int = 0, beside: int = 0, restarts: int = 1
 ) -> list[Member]:
     """The members of a suite for a kind of target, the common ones first; none for suite none.
 
     active: as in Target. beside: network passes of the whole suite of the mixtures that a single network stands
-    beside, which it is to have as well; 0: each attack begins once.
+    beside, which it is to have as well, in more restarts. restarts: times that each attack begins, with all its steps.
     UserError for an unknown suite, and for ensembles."""
     if suite not in NAMES:
         raise UserError(f"suite: {suite!r} is unknown; allowed: {', '.join(NAMES)}")
@@ -73,24 +76,29 @@ def classifier_members(
         )
     own = SUITES[suite]
     common = [
-        member(name, one, "common", kind, num_experts, active=active) for name, one in own.common.items()
+        member(name, {**one, "restarts": restarts}, "common", kind, num_experts, active=active)
+        for name, one in own.common.items()
     ]
     if kind == "single":
         once = [member(name, one, "adaptive", kind, 1) for name, one in own.single.items()]
-        restarts = max(1, -(-(beside - passes_of(common)) // passes_of(once)))
+        restarts = max(restarts, -(-(beside - passes_of(common)) // passes_of(once)))
         found = [
             member(name, {**one, "restarts": restarts}, "adaptive", kind, 1)
             for name, one in own.single.items()
         ]
-        known = [one.about["attack"] for one in common]  # begun once, some of these would be the same again
+        known = [
+            one.about["attack"] for one in common
+        ]  # begun as often, some of these would be the same again
         return common + [one for one in found if one.about["attack"] not in known]
-    routed = {
-        name: {"name": name, "steps": own.steps * runs_of(runs, num_experts)}
-        for name, runs in own.routed.items()
-    }
+    routed = {name: own.steps * runs_of(runs, num_experts) for name, runs in own.routed.items()}
     return common + [
-        member(name, one, "adaptive", kind, num_experts, active=active) for name, one in routed.items()
-    ]
+        member(
+            name,
+            {"name": name, "steps": steps * (1 if name in STEPS_EACH else restarts), "restarts": restarts},
+            "adaptive", kind, num_experts, active=active,
+        )
+        for name, steps in routed.items()
+    ]  # fmt: skip
 
 
 def passes_of(members: Iterable[Member]) -> int:

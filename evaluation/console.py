@@ -22,6 +22,7 @@ HEADINGS = {
 
 ATTACK_KEYS = (
     "eps", "norm", "attack_rows", "attack_images", "attack_batch_size", "attack_seed", "attack_checks", "pathways",
+    "restarts",
 )  # fmt: skip
 
 
@@ -86,14 +87,14 @@ def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     return texts
 
 
-def note_idle(settings: Section, attacked: bool) -> None:
-    """Names on the terminal the keys of attacks that a config sets, where nothing attacks. What only another key would
-    make use of is refused with the config; here `suite: none` may have turned all attacks off at once."""
+def note_idle(settings: Section, keys: Sequence[str] = ATTACK_KEYS, attacker: str = "nothing") -> None:
+    """Names on the terminal those of the keys that a config sets, where only the attacker attacks. What only another
+    key would make use of is refused with the config; here `suite: none` may have turned attacks off at once."""
     fields = type(settings).model_fields
     idle = [
         f"evaluate.{key}"
-        for key in ATTACK_KEYS
+        for key in keys
         if key in fields and getattr(settings, key) not in (fields[key].default, list(ROBUST_EPS))
     ]
-    if idle and not attacked:
-        print(f"note: nothing attacks here (evaluate.suite: none), without effect: {', '.join(idle)}")
+    if idle:
+        print(f"note: {attacker} attacks here (evaluate.suite: none), without effect: {', '.join(idle)}")

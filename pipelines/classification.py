@@ -165,7 +165,8 @@ def refuse_small_images(config: Classification, model: nn.Module, images: ImageS
 
 
 def norm_maps(model: nn.Module, size: tuple[int, int, int]) -> list[int] | None:
-    """Places of the map that each BatchNorm gets of an image of this size; None where a map is left without any."""
+    """Places of the map that each BatchNorm gets of an image of this size; None where a map is left without any.
+    UserError where the router has nothing to normalise."""
     found = []
 
     def note(module: nn.Module, inputs: tuple[Tensor]) -> None:
@@ -180,6 +181,13 @@ def norm_maps(model: nn.Module, size: tuple[int, int, int]) -> list[int] | None:
         if "too small" not in str(error):
             raise
         return None
+    except ValueError as error:  # of a GroupNorm, which only a router has
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            f"network.router_pixels: {model.router.pixels} leaves a channel of the router a single value of images of "
+            f"{size[1]} x {size[2]}; take more, or a larger network.router_width"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -194,6 +202,15 @@ def refuse_idle_experts(config: Classification, images: ImageSet) -> None:
         raise UserError(
             f"train.router.target: label_mod sends {images.num_classes} classes to as many experts, and "
             f"network.num_experts is {experts}: the others would get nothing; take fewer, or target: cluster"
+        )
+    if (
+        config.train.method == "advmoe"
+        and router.target == "cluster"
+        and experts > len(images.split("train"))
+    ):
+        raise UserError(
+            f"train.router.target: cluster makes network.num_experts, {experts}, clusters of "
+            f"{len(images.split('train'))} training images; take fewer"
         )
 
 

@@ -15,6 +15,10 @@ from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.sparse import SparseCNN
 from networks.complexity import counted, parameters
 
+SMALL, LARGE = (
+    0.1,
+    224,
+)  # a router's share of a pathway, from how large images on it can be had; of 32 px it is above
 # What the published code counts, by network, ratio, experts (0: one plain network), classes, edge and stem: parameters,
 # GMACs of one pathway and GMACs executed, as it computes all pathways; all without the router.
 PUBLISHED = {
@@ -116,6 +120,8 @@ def describe_costs(model: nn.Module, size: tuple[int, int, int]) -> list[str]:
     if cost.router:
         paths = "a pathway" if model.top_k == 1 else f"{model.top_k} of {model.num_experts} pathways"
         share = f"{100 * cost.router / cost.pathway:.0f} % of that"
+        if cost.router > SMALL * cost.pathway and min(size[1:]) >= LARGE:
+            share += "; a smaller network.router_width makes it cheaper"
         parts = f"{paths} {cost.pathway:.4f}, the router {cost.router:.4f}: {share}"
         lines.append(f"GMACs per image of {shape}: {cost.executed:.4f} ({parts})")
     else:

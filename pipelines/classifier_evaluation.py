@@ -53,6 +53,12 @@ from pipelines.models import (
 )
 from pipelines.seen_images import refuse_seen
 
+OF_SUITE = (
+    "attack_images",
+    "attack_batch_size",
+    "attack_checks",
+    "restarts",
+)  # AutoAttack has its own, or none
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 
 
@@ -92,7 +98,7 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     for one in models.values():
         one.network.to(device, memory_format=torch.channels_last)
     about = {name: about_of(one, images) for name, one in models.items()}
-    note_idle(asked, suite_asked(asked) or asked.autoattack > 0)
+    note_what_is_idle(asked)
     split = images.split(settings.split)
     works = works_of(config, images, models, attacked_images(split, settings))
     if options.dry_run:
@@ -316,6 +322,17 @@ def suite_asked(settings: ClassifierEvaluate) -> bool:
     return settings.suite != "none" or any(one.name != "clean" for one in settings.attacks)
 
 
+def note_what_is_idle(settings: ClassifierEvaluate) -> None:
+    """Keys of attacks that are not made, on the terminal."""
+    if suite_asked(settings):
+        if settings.suite == "none":
+            note_idle(settings, ("restarts",), "evaluate.attacks alone")
+    elif settings.autoattack:
+        note_idle(settings, OF_SUITE, "AutoAttack alone")
+    else:
+        note_idle(settings)
+
+
 def attacked_images(split: ImageSplit, settings: ClassifierEvaluate) -> ImageSplit:
     """evaluate.attack_images of the split, in an order that follows from evaluate.images_seed; without a suite those
     for AutoAttack. UserError for more than there are."""
@@ -401,16 +418,21 @@ def members_of(
     settings: ClassifierEvaluate, targets: Sequence[Target], size: tuple[int, int, int], num_classes: int
 ) -> dict[str, list[Member]]:
     """The attacks on each target: a plain network beside mixtures gets restarts for as many network passes as they
-    take; a pathway begins once."""
+    take; a pathway has those of the settings alone."""
     own = {
-        one.name: classifier_members(settings.suite, one.kind, one.num_experts, one.active) for one in targets
+        one.name: classifier_members(
+            settings.suite, one.kind, one.num_experts, one.active, restarts=settings.restarts
+        )
+        for one in targets
     }
     beside = max((passes_of(own[one.name]) for one in targets if one.kind in ROUTED), default=0)
     refuse_for_classifiers(settings.attacks, "evaluate.attacks")
     further = attacks_for(settings.attacks, {one.name: one.kind for one in targets})
     for one in targets:
         if one.kind == "single" and one.role != "pathway":
-            own[one.name] = classifier_members(settings.suite, one.kind, beside=beside)
+            own[one.name] = classifier_members(
+                settings.suite, one.kind, beside=beside, restarts=settings.restarts
+            )
         own[one.name] += extra_members(
             further[one.name],
             one.kind,

@@ -53,7 +53,8 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
     zoo = load_zoo(config, index)
     config = robustness.with_ladder(config, zoo)
     settings = config.evaluate
-    note_idle(settings, attacked)
+    if not attacked:
+        note_idle(settings)
     if options.dry_run:
         print(describe_zoo(config, zoo, frames))
         if corruptions.is_asked(settings):

@@ -323,12 +323,28 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     assert found.split("test").labels.tolist() == [0, 1, 0, 1]
     assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
     assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))
-    assert run(pack_imagenet, [str(root), str(tmp_path / "packed")]) == 2
-    assert "exists; delete it first" in capsys.readouterr().err
+    before = (tmp_path / "packed" / "train.lmdb").stat().st_mtime_ns
+    (tmp_path / "packed" / "val.lmdb").unlink()
+    assert (
+        pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
+    )  # stopped between the two: val alone is packed
+    assert "train.lmdb: is there already, with these" in capsys.readouterr().out
+    assert (tmp_path / "packed" / "train.lmdb").stat().st_mtime_ns == before
+    assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))
+    (tmp_path / "file").write_text("")
+    solution = root / "LOC_val_solution.csv"
+    right = solution.read_text()
+    solution.write_text(right.replace("val_3,n02", "val_3,n01"))
+    for out, told in (
+        ("packed", "val.lmdb: exists; delete it first"),
+        ("file", "can't be written (File exists)"),
+    ):
+        assert run(pack_imagenet, [str(root), str(tmp_path / out)]) == 2
+        assert told in capsys.readouterr().err
+    solution.write_text(right)
     folders = class_folders(tmp_path / "folders", ("train", "val"), ["n01", "n02"], 3, (48, 64))
     plain = imagenet(cache, root=str(folders), edge=32, val_images=2)
     assert plain.split("test").labels.tolist() == [0, 0, 0, 1, 1, 1]
-    solution = root / "LOC_val_solution.csv"
     solution.write_text("\ufeff" + solution.read_text())  # as spreadsheets write it
     assert same(found, imagenet(cache, root=str(root), edge=32, val_images=2))
     solution.write_text(solution.read_text().replace("ImageId", "Id"))

@@ -68,6 +68,10 @@ def test_radii_of_l2_have_to_be_named(write):
         ({"eps": 0}, "eps: 0 is wrong; expected a number above 0"),
         ({"eps": 2}, "eps: 2 lets every pixel become any other, as pixels are in [0, 1]; 2/255 may be meant"),
         ({"steps": 0}, "steps: 0 is wrong; expected a whole number above 0"),
+        (
+            {"step_size": 1},
+            "step_size: 1 lets every pixel become any other, as pixels are in [0, 1]; 1/255 may be meant",
+        ),
         ({"step_size": -1}, "step_size: -1 is wrong; expected a number above 0"),
         ({"clean_fraction": 50}, "clean_fraction: 50 is wrong; expected a number from 0 to 1"),
         ({"loss": "mart"}, 'loss: "mart" is unknown; allowed: ce, trades'),

@@ -9,6 +9,7 @@ from engine.config import UserError
 from evaluation.classifier_suites import SUITES, classifier_members, passes_of, shown
 from evaluation.ledger import read_manifest, read_units
 from evaluation.plan import Setup, records_of
+from evaluation.record_checks import check_manifest, masking
 from evaluation.robust import attack_all
 from evaluation.suites import main, member
 from evaluation.targets import target_of
@@ -128,6 +129,27 @@ def test_a_single_network_by_itself_meets_no_attack_twice(suite):
     assert {one.name for one in once} == {
         "quick": {"pgd ce", "apgd dlr", "apgd ce"}, "standard": {"pgd ce", "apgd ce", "apgd dlr"},
     }[suite]  # fmt: skip
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize(("kind", "experts"), [("hard", 2), ("hard", 5), ("single", 1)])
+def test_each_attack_begins_as_often_as_asked(suite, kind, experts):
+    """The same members with three times the gradient steps, wherever a member counts them."""
+    once = classifier_members(suite, kind, experts, kind == "hard")
+    thrice = classifier_members(suite, kind, experts, kind == "hard", restarts=3)
+    assert [one.name for one in once] == [one.name for one in thrice]
+    assert [3 * one.backwards for one in once] == [one.backwards for one in thrice]
+    assert {one.attack.args["restarts"] for one in thrice} == {3}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_a_single_network_by_itself_is_not_told_that_adaptive_attacks_are_missing(tmp_path, suite):
+    own = target(1)
+    scene = toy.Scene(torch.rand(2, 1, 3, 3), torch.tensor([2, 2]), ("a", "b"), ("a", "b"))
+    setup = Setup(tuple("abcdef"), (1e-4,), suite, ignore_index=-1)
+    assert attack_all(tmp_path, [scene], [own], {"net": classifier_members(suite, "single")}, setup)
+    found = check_manifest(read_manifest(tmp_path), read_units(tmp_path), (masking,))
+    assert {one.severity for one in found} <= {"ok", "note"} and found
 
 
 @pytest.mark.parametrize("suite", SUITES)

@@ -91,8 +91,6 @@ def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results
 )
 def test_keys_of_attacks_that_do_nothing_are_named(capsys, kind, keys, idle):
     settings = kind(**keys)
-    note_idle(settings, attacked=True)
-    assert capsys.readouterr().out == ""
-    note_idle(settings, attacked=False)
+    note_idle(settings)
     told = capsys.readouterr().out
     assert told == "" if idle is None else f"without effect: evaluate.{idle}\n" in told

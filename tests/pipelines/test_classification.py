@@ -374,6 +374,7 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ),
         ({"eps": 8}, "train.eps: 8 lets every pixel become any other.* 8/255 may be meant"),
         ({"val_eps": 1.5}, "train.val_eps: 1.5 lets every pixel"),
+        ({"step_size": 5}, "train.step_size: 5 lets every pixel .* 5/255 may be meant"),
         ({"method": "trades", "beta": 0}, "train.beta: 0 leaves the attacked images without weight"),
         ({"beta": 0.0}, "train.beta: 0 leaves the attacked images without weight"),
         ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
@@ -416,6 +417,10 @@ def test_a_start_of_a_router_is_refused_where_there_is_none(tmp_path):
         (PLAIN, {"method": "trades", "optimizer": {"name": "sgd", "lr": 1, "momentum": 0, "nesterov": True}},
          "^train.optimizer: nesterov: true needs momentum"),
         ({**ROUTED, "num_experts": 12}, {}, "train.router.target: label_mod sends 10 classes .*num_experts is 12"),
+        ({**ROUTED, "num_experts": 2000}, {"router": {"target": "cluster"}},
+         r"^train.router.target: cluster makes .*2000, clusters of \d+ training images; take fewer$"),
+        ({**ROUTED, "router_pixels": 1, "router_width": 0.25}, {},
+         "^network.router_pixels: 1 leaves a channel of the router a single value of images of 8 x 8"),
     ],
 )  # fmt: skip
 def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(tmp_path, network, keys, told):

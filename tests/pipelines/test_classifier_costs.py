@@ -76,6 +76,16 @@ def test_a_mixture_of_the_k_best_costs_k_experts_and_what_they_share_once(top_k,
     assert line.endswith(f": {100 * cost.router / cost.pathway:.0f} % of that)")
 
 
+def test_a_router_that_is_large_beside_its_pathways_is_told_of_large_images():
+    def told(edge, width):
+        model = CNNMoE(10, arch="resnet18", ratio=0.1, stem="imagenet", router_width=width)
+        return describe_costs(model, (3, edge, edge))[1].endswith(
+            "a smaller network.router_width makes it cheaper)"
+        )
+
+    assert told(224, 1.0) and not told(224, 0.25) and not told(32, 1.0)
+
+
 def test_counting_leaves_a_network_as_it_is():
     network = SparseCNN(10, arch="densenet", ratio=0.5).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}

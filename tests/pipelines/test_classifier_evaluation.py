@@ -289,6 +289,27 @@ def test_clean_alone_needs_no_images_to_attack(bench):
 
 
 @pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (
+            {"restarts": 2},
+            "evaluate.attacks alone attacks here (evaluate.suite: none), without effect: evaluate.restarts",
+        ),
+        ({"suite": "quick", "restarts": 2, "attack_images": 7}, ""),
+        ({"attacks": [], "restarts": 2}, "nothing attacks here"),
+        (
+            {"attacks": [], "autoattack": 5, "attack_images": 3, "attack_checks": True},
+            "AutoAttack alone attacks here (evaluate.suite: none), without effect: evaluate.attack_images",
+        ),
+    ],
+)
+def test_keys_of_attacks_that_are_not_made_are_named(bench, capsys, settings, note):
+    bench.evaluate("idle", options=Options(device="cpu", dry_run=True), **{**ATTACKS, **settings})
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == bool(note) and all(line.startswith(f"note: {note}") for line in notes)
+
+
+@pytest.mark.parametrize(
     ("settings", "told"),
     [
         ({"attack_rows": ["mole"]}, "evaluate.attack_rows: there is no model 'mole'; allowed: moe, plain"),
@@ -302,6 +323,14 @@ def test_clean_alone_needs_no_images_to_attack(bench):
             "evaluate.autoattack_eps: 8/255 is none of evaluate.eps; allowed: 25.5/255, 76.5/255",
         ),
         ({"attacks": [], "autoattack": 1201}, "evaluate.autoattack: 1201 is more than the 1200 test images$"),
+        (
+            {"autoattack_batch_size": 5},
+            "evaluate.autoattack_batch_size: has no effect without evaluate.autoattack",
+        ),
+        (
+            {"attacks": [{"name": "pgd", "step_size": 2}]},
+            "step_size: 2.0 crosses all of .* 2.0/255 may be meant",
+        ),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
         ({"attacks": [{"name": "member_sum"}]}, "for ensembles, and none of moe, .*plain is one"),
