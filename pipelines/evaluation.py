@@ -28,7 +28,7 @@ from evaluation.tables import write_tables
 from networks.resize import upsample
 from pipelines import corruptions, robustness
 from pipelines.matrix import Zoo, as_evaluation, constant_candidates, load_zoo, subsets_of
-from pipelines.segmentation import evaluation_batches, refuse_bad_data
+from pipelines.segmentation import evaluation_batches, refuse_bad_data, tell_bad_data
 from reports.figures import overlay, shown_rows
 
 
@@ -65,6 +65,7 @@ def evaluate(config: Run | Evaluation, options) -> Results | None:
         if attacked:
             robustness.refuse_unlabelled(config, index, subsets)
         return None
+    tell_bad_data(index)
     results = None
     if attacked:
         robustness.refuse_unlabelled(config, index, subsets)

@@ -75,6 +75,7 @@ def train(config: Run, options) -> list[Result] | None:
         refuse_bad_data(index)
         return None
 
+    tell_bad_data(index)
     settings, data = config.train, config.data
     batches = train_loader(
         index,
@@ -229,6 +230,12 @@ def refuse_bad_data(index: FrameIndex) -> None:
     if problems:
         raise UserError("\n".join(f"data: {problem}" for problem in problems))
     print("data: lists and files are in order; python -m dataloaders.check CONFIG reads every frame")
+
+
+def tell_bad_data(index: FrameIndex) -> None:
+    """Prints what is wrong with the lists of the data. A run goes on: official splits may share recordings."""
+    for problem in check_lists(index).problems:
+        print(f"warning: data: {problem}")
 
 
 def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:

@@ -205,6 +205,19 @@ def test_frames_that_are_refused_leave_no_run_folder(workshop, tmp_path):
     assert not workshop.run("broken_label").exists()
 
 
+def test_splits_that_share_a_recording_are_refused_by_a_dry_run_and_told_by_a_run(workshop, capsys):
+    """Official splits may; here each subset is one recording, of which every split has frames."""
+    config = workshop.expert("leaking", ["day"])
+    config["data"] = {**config["data"], "sequence_column": "subset"}
+    told = "data: train and test share"
+    with pytest.raises(UserError, match=f"^{told}"):
+        workshop.train(config, dry_run=True)
+    capsys.readouterr()
+    workshop.train(config)
+    lines = [line for line in capsys.readouterr().out.splitlines() if told in line]
+    assert len(lines) == 1 and lines[0].startswith(f"warning: {told}")
+
+
 def test_caches_in_the_folder_of_a_run_are_refused(workshop):
     config = workshop.expert("cached", ["day"])
     inside = workshop.run("cached") / "cache"
