@@ -116,7 +116,7 @@ def climb(
     correct pixel left stay where they are. UserError for steps that cross all of [0, 1] and the ball."""
     threat = search.threat
     if step_size is not None and step_size >= 1 and step_size > threat.eps and threat.norm == "linf":
-        raise UserError(f"step_size: {step_size} crosses all of [0, 1]; {step_size}/255 may be meant")
+        raise UserError(f"step_size: {step_size:g} crosses all of [0, 1]; {step_size:g}/255 may be meant")
     size = 2.5 * threat.eps / steps if step_size is None else step_size
     points, inside = start, projection(search.images, threat)
     for step in range(steps):

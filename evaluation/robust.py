@@ -70,7 +70,7 @@ def attack_all(
         manifest = manifest_for(folder, scenes, targets, members, setup, device)
         units = list(
             {unit.name: unit for unit in units_of(manifest)}.values()
-        )  # one attack of two names: once
+        )  # an attack of two names: once
         with Ledger(folder, manifest, rank=rank, replace=replace) as ledger:
             todo = [unit for unit in units if unit.name not in ledger and unit.batch % world == rank]
             for line in cost_table(manifest) if rank == 0 else ():

@@ -203,14 +203,11 @@ def refuse_idle_experts(config: Classification, images: ImageSet) -> None:
             f"train.router.target: label_mod sends {images.num_classes} classes to as many experts, and "
             f"network.num_experts is {experts}: the others would get nothing; take fewer, or target: cluster"
         )
-    if (
-        config.train.method == "advmoe"
-        and router.target == "cluster"
-        and experts > len(images.split("train"))
-    ):
+    count = len(images.split("train"))
+    if config.train.method == "advmoe" and router.target == "cluster" and experts > count:
         raise UserError(
-            f"train.router.target: cluster makes network.num_experts, {experts}, clusters of "
-            f"{len(images.split('train'))} training images; take fewer"
+            f"train.router.target: cluster makes network.num_experts, {experts}, clusters of {count} training images; "
+            "take fewer"
         )
 
 

@@ -15,10 +15,9 @@ from networks.cnn_moe.model import CNN, CNNMoE
 from networks.cnn_moe.sparse import SparseCNN
 from networks.complexity import counted, parameters
 
-SMALL, LARGE = (
-    0.1,
-    224,
-)  # a router's share of a pathway, from how large images on it can be had; of 32 px it is above
+SMALL = 0.1  # share of a pathway that a router should cost at most ...
+LARGE = 224  # ... of images from this shorter side on; of small ones it can't
+
 # What the published code counts, by network, ratio, experts (0: one plain network), classes, edge and stem: parameters,
 # GMACs of one pathway and GMACs executed, as it computes all pathways; all without the router.
 PUBLISHED = {

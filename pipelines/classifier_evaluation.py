@@ -53,12 +53,8 @@ from pipelines.models import (
 )
 from pipelines.seen_images import refuse_seen
 
-OF_SUITE = (
-    "attack_images",
-    "attack_batch_size",
-    "attack_checks",
-    "restarts",
-)  # AutoAttack has its own, or none
+# Keys that AutoAttack doesn't read: it has its own, or none.
+OF_SUITE = ("attack_images", "attack_batch_size", "attack_checks", "restarts")
 LAST_FIFTH = 0.8  # of the epochs; what comes after it tells whether training had ended
 
 

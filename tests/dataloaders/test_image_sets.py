@@ -325,9 +325,7 @@ def test_imagenet_as_kaggle_packs_it_as_class_folders_and_as_an_lmdb(tmp_path, c
     assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))
     before = (tmp_path / "packed" / "train.lmdb").stat().st_mtime_ns
     (tmp_path / "packed" / "val.lmdb").unlink()
-    assert (
-        pack_imagenet([str(root), str(tmp_path / "packed")]) == 0
-    )  # stopped between the two: val alone is packed
+    assert pack_imagenet([str(root), str(tmp_path / "packed")]) == 0  # as stopped between the two
     assert "train.lmdb: is there already, with these" in capsys.readouterr().out
     assert (tmp_path / "packed" / "train.lmdb").stat().st_mtime_ns == before
     assert same(found, imagenet(cache, root=str(tmp_path / "packed"), edge=32, val_images=2))

@@ -329,7 +329,7 @@ def test_keys_of_attacks_that_are_not_made_are_named(bench, capsys, settings, no
         ),
         (
             {"attacks": [{"name": "pgd", "step_size": 2}]},
-            "step_size: 2.0 crosses all of .* 2.0/255 may be meant",
+            "step_size: 2 crosses all of .* 2/255 may be meant",
         ),
         ({"attacks": [{"name": "autoattack", "pathway": 0}]}, "autoattack: pathway is for mixtures"),
         ({"attacks": [{"name": "gate_only"}], "attack_rows": ["plain"]}, "gate_only is for routed models"),
