@@ -68,9 +68,8 @@ def attack_all(
     device, (rank, world) = torch.device(device), shard()
     with as_begun(folder):
         manifest = manifest_for(folder, scenes, targets, members, setup, device)
-        units = list(
-            {unit.name: unit for unit in units_of(manifest)}.values()
-        )  # an attack of two names: once
+        # An attack of two names is one unit of work.
+        units = list({unit.name: unit for unit in units_of(manifest)}.values())
         with Ledger(folder, manifest, rank=rank, replace=replace) as ledger:
             todo = [unit for unit in units if unit.name not in ledger and unit.batch % world == rank]
             for line in cost_table(manifest) if rank == 0 else ():
