@@ -17,7 +17,8 @@ from dataloaders.masks import id_table, no_unknown_values, read_id_mask, refuse_
 from engine.config import NonNegativeInt, UserError
 
 BLOCK_LENGTH = 10
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
+ANY_ENDING = ".{png,jpg,jpeg}"  # stands in messages for that of an image which isn't there
 
 
 def folder(
@@ -38,7 +39,8 @@ def folder(
     split_seed: NonNegativeInt = 304,
     split_shares: dict[str, float] | None = None,
 ) -> FrameIndex:
-    """The frames of `manifest`: root/images/NAME.png (.jpg, .jpeg) with the id mask root/labels/NAME.png.
+    """The frames of `manifest`: root/images/NAME.png (.jpg, .jpeg, in capitals too) with the id mask
+    root/labels/NAME.png, of the same size, one channel of 8 or 16 bits.
 
     root: folder of the data; the other paths are below it or absolute.
     images, labels: folders of the images and of the id masks.
@@ -48,7 +50,8 @@ def folder(
     split_by: column: `split_column` says train, gate, val or test; rows that leave it empty are not used.
         blocks: blocks of neighbouring frames are dealt to the splits, as blocks.split_by_blocks describes.
     split_column: column of the split, for split_by: column.
-    sequence_column: column of the recording; without it every image is a recording of its own.
+    sequence_column: column of the recording; without it every image is a recording of its own, independent of
+        all others: of frames of one drive intervals come out too narrow then, and shared recordings stay unseen.
     block_column: column of the block; without it a block is 10 consecutive rows of a sequence.
     train_only: "COLUMN=VALUE", for split_by: blocks: in each sequence the blocks with such rows are one unit
         that goes to train. Meant for clips of nearly identical frames.
@@ -87,6 +90,11 @@ def folder(
         frames, note = take_splits(frames, rows, split_column)
     else:
         frames, note = make_splits(frames, rows, train_only, guard, split_seed, shares)
+    if not (sequence_column or block_column):
+        note += (
+            "; no sequence_column or block_column says which frames belong to one recording: each counts as "
+            "independent, and of frames that are not the intervals come out too narrow"
+        )
     return FrameIndex(
         name="folder",
         root=base,
@@ -118,7 +126,7 @@ def find_image(images: Path, name: str, files_of: Callable[[Path], set[str]]) ->
     endings = [ending for ending in IMAGE_ENDINGS if f"{wanted.name}{ending}" in there]
     if len(endings) > 1:
         raise UserError(f"{wanted}: there are {len(endings)} images of this name ({', '.join(endings)})")
-    return wanted.with_name(wanted.name + (endings or IMAGE_ENDINGS)[0])
+    return wanted.with_name(wanted.name + (endings[0] if endings else ANY_ENDING))
 
 
 def list_files(path: Path) -> set[str]:

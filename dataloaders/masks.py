@@ -45,7 +45,7 @@ def read_mask(path: Path) -> np.ndarray:
         raise UserError(f"{path}: cannot be decoded as an image ({error})") from None
     if mode not in ("L", "P", "I;16"):
         raise UserError(
-            f"{path}: a label must hold class ids in one channel of 8 bits, this picture is {mode}"
+            f"{path}: a label must hold class ids in one channel of 8 or 16 bits, this picture is {mode}"
         )
     return values
 

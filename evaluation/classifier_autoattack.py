@@ -9,7 +9,7 @@ from evaluation.formats import eps_text, in_brackets, markdown_table, percent, p
 from evaluation.image_results import ImageResults
 from evaluation.record_checks import GAP
 from evaluation.results import FLOOR
-from evaluation.statistics import Share
+from evaluation.statistics import ShareGap
 
 AUTOATTACK = "autoattack"  # the member; on one pathway: autoattack path 0
 WORST_OF_ALL = "worst of all"  # of our suite, AutoAttack, and AutoAttack on pathways
@@ -66,7 +66,7 @@ def worst_of_all(results: ImageResults | None, auto: ImageResults, model: str) -
     return worst if suite is None else worst & suite
 
 
-def gap_to_auto(results: ImageResults | None, auto: ImageResults, model: str) -> Share | None:
+def gap_to_auto(results: ImageResults | None, auto: ImageResults, model: str) -> ShareGap | None:
     """What our suite leaves minus what AutoAttack leaves of its images, paired; None without a suite."""
     suite = suite_beside(results, auto, model)
     if suite is None:

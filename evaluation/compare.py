@@ -140,9 +140,14 @@ def comparison(sides: Sequence[Side]) -> str:
     """Markdown: worst cases of all rows, and paired differences of every two. UserError as of `refuse_unlike`."""
     refuse_unlike(sides)
     results, manifest = sides[0].results, sides[0].results.manifest
+    units = results.resamples.units
+    if isinstance(results, ImageResults):
+        brackets = f"95 % interval: Clopper-Pearson, of differences a bootstrap over the {units} images"
+    else:
+        brackets = f"95 % bootstrap over {units} blocks of images"
     lines = [
         f"Suite {manifest['suite']} on {len(results.images)} images of {manifest['subset']}; "
-        f"{in_words(results.protocol)}. In percent, [95 % bootstrap over {results.resamples.units} blocks of images].",
+        f"{in_words(results.protocol)}. In percent, [{brackets}].",
         PASSES_TOLD,
     ]
     for eps in results.ladder:

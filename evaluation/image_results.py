@@ -131,7 +131,7 @@ class ImageResults:
         return float(sum(self._forwards[target, eps, member].mean() for member in members))
 
     def estimate(self, right: np.ndarray) -> Share:
-        """Of a share of all images, for paired differences."""
+        """Of a share of all images, with its exact interval; differences are paired."""
         mean = estimate_image_mean(self.resamples, right.astype(float))
         return Share(mean.value, mean.replicates, mean.resamples)
 

@@ -120,21 +120,27 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Share(Estimate):
-    """Of a share of independent images, or of a paired difference of two such shares, which is -1 at `least`."""
-
-    least: float = 0.0
+    """Of a share of independent images, each of which is a block of its own."""
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        """As of any estimate. Where all images are alike (none differs between two models, say) a bootstrap can't tell
-        how rare others are: then that of 0 of as many images (Clopper-Pearson)."""
+        """The exact one, of any number of images."""
+        return clopper_pearson(round(self.value * self.units), self.units, level)
+
+    def __sub__(self, other: Estimate) -> "ShareGap":
+        gap = super().__sub__(other)
+        return ShareGap(gap.value, gap.replicates, gap.resamples)
+
+
+class ShareGap(Estimate):
+    """Of a paired difference of two shares of the same independent images."""
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        """As of any estimate. Where no image differs a bootstrap can't tell how rare those are that do: then that of 0
+        of as many images (Clopper-Pearson)."""
         if self.units < FEWEST_UNITS or np.ptp(self.replicates):
             return super().interval(level)
         unseen = clopper_pearson(0, self.units, level)[1]
-        return max(self.least, self.value - unseen), min(1.0, self.value + unseen)
-
-    def __sub__(self, other: Estimate) -> "Share":
-        gap = super().__sub__(other)
-        return Share(gap.value, gap.replicates, gap.resamples, least=-1.0)
+        return max(-1.0, self.value - unseen), min(1.0, self.value + unseen)
 
 
 # (pooled counts [..., K], those of the whole sample [K]) -> figure [...]. A resample may lack a class; the set of
@@ -198,6 +204,11 @@ def estimate_image_mean(resamples: Resamples, values: np.ndarray) -> Estimate:
     )  # no BLAS: same digits everywhere
     mean = float(values[counted].mean()) if counted.any() else float("nan")
     return Estimate(mean, _share(sums, number, number > 0, mean), resamples)
+
+
+def are_single(blocks: Sequence[str]) -> bool:
+    """Whether no two images share a block: a bootstrap takes each as independent of all others then."""
+    return len(set(blocks)) == len(blocks)
 
 
 def clopper_pearson(right: int, images: int, level: float = LEVEL) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from evaluation.intervals import (
     interval_columns,
 )
 from evaluation.results import Results
-from evaluation.statistics import FEWEST_UNITS, LEVEL, REPLICATES
+from evaluation.statistics import FEWEST_UNITS, LEVEL, REPLICATES, are_single
 from metrics.confusion import iou_per_class
 
 RESULT_COLUMNS = (
@@ -170,12 +170,17 @@ def _intervals_line(results: Results, subsets: Sequence[str]) -> str:
     """What an interval is, and of how many units; that there is none, where no subset has enough."""
     blocks = {subset: len(set(np.array(results.blocks)[results.mask(subset)])) for subset in subsets}
     units = ", ".join(f"{subset} {count}" for subset, count in blocks.items())
+    what = (
+        "single frames, taken as independent of each other"
+        if are_single(results.blocks)
+        else "blocks of consecutive frames"
+    )
     few = f"none for fewer than {FEWEST_UNITS}"
     if max(blocks.values()) < FEWEST_UNITS:
-        return f"Units (blocks of consecutive frames): {units}; intervals: {few}."
+        return f"Units ({what}): {units}; intervals: {few}."
     return (
-        f"[low, high]: {100 * LEVEL:.0f} % percentile intervals over {REPLICATES} resamples of units (blocks of "
-        f"consecutive frames): {units}; {few}. The classes of a mean are the same in all resamples."
+        f"[low, high]: {100 * LEVEL:.0f} % percentile intervals over {REPLICATES} resamples of units ({what}): {units}; "
+        f"{few}. The classes of a mean are the same in all resamples."
     )
 
 

@@ -25,7 +25,7 @@ from networks.complexity import parameters
 from pipelines.classifier_costs import describe_costs, without_pruned
 from pipelines.classifier_validation import metric_names, validated
 from pipelines.models import weights_file
-from pipelines.seen_images import trainings_of
+from pipelines.seen_images import refuse_seen, trainings_of
 
 BALANCED_ON = 512  # images that the router's first biases are set from
 
@@ -94,8 +94,8 @@ def build(config: Classification, images: ImageSet) -> nn.Module:
 
 def start(model: nn.Module, config: Classification, images: ImageSet) -> None:
     """Weights of another run, or of an export; with train.start_head: fresh all but those of the last layer. UserError
-    where they are of another network, or of one that normalises otherwise, and where the last layer is of other
-    classes."""
+    where they are of another network, or of one that normalises otherwise, where the last layer is of other classes,
+    and where they were trained on images of val, which would choose the epoch by what the weights know."""
     source, fresh = weights_file(config.train.start_from), config.train.start_head == "fresh"
     with blaming("train.start_from"):
         tensors, metadata = load_weights(source)
@@ -120,6 +120,7 @@ def start(model: nn.Module, config: Classification, images: ImageSet) -> None:
             f"train.start_from: {source} was trained on other classes ({listed(metadata['classes'])}) than those of "
             f"{images.name} ({listed(images.classes)}); train.start_head: fresh trains a new last layer"
         )
+    refuse_seen(source, metadata, "train.start_from", config.data, images, "val")
     model.load_state_dict({**tensors, **{name: own[name] for name in head if fresh}})
 
 

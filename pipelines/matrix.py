@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import product
 
 from dataloaders.frames import FrameIndex
-from engine.config import Evaluation, Run, from_dict
+from engine.config import Evaluation, Run, UserError, from_dict
 from evaluation.rows import (
     Row,
     constant_row,
@@ -174,7 +174,8 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
     """Loads every run that the config names. Experts of its gates that it doesn't name run without a row; the
     decoders of a shared encoder are experts GATE:SUBSET with a row each.
 
-    Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert."""
+    Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert, and where an
+    expert of a gate is another network than the config's of that name."""
     networks: dict[str, Trained] = {}
     for group, runs in (("baselines", config.baselines), ("experts", config.experts)):
         for name, source in runs.items():
@@ -186,12 +187,25 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
     for name, path in config.gates.items():
         trained, experts = load_gate(path, f"gates.{name}", networks)
         require_classes(trained, index.classes, f"gates.{name}", f"of data {index.name}")
+        if not is_whole(trained):
+            require_experts(f"gates.{name}", experts, {role: networks[role] for role in config.experts})
         gates[name] = (
             trained,
             tuple(name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()),
         )
     ensembles = {rule.name: rule.build for rule in config.ensembles}
     return Zoo(networks, tuple(config.baselines), tuple(config.experts), ensembles, gates)
+
+
+def require_experts(key: str, own: Mapping[str, Trained], named: Mapping[str, Trained]) -> None:
+    """UserError where an expert of a gate has the name of one of the config's and is another network: ensembles,
+    ceilings and differences beside the gate would be of experts that it doesn't weigh."""
+    for role, expert in own.items():
+        if role in named and named[role].sha256 != expert.sha256:
+            raise UserError(
+                f"{key}: its expert {role} is {expert.file}, experts.{role} is {named[role].file}, another network; "
+                "name the gate's own, or give the other one another name"
+            )
 
 
 def name_among(networks: dict[str, Trained], trained: Trained, otherwise: str) -> str:

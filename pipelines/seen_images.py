@@ -1,13 +1,15 @@
-"""Which images a classifier was trained on: none of them may be among those that it is evaluated on."""
+"""Which images a classifier was trained on: none of them may be among those that it is evaluated on, or that choose
+the epoch of a training that starts from it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from dataloaders.image_set import ImageSet, ImageSplit
 from engine.checkpoints import load_metadata
 from engine.config import ImageData, UserError, component
-from pipelines.models import Trained, weights_file
+from pipelines.models import weights_file
 
 CHUNK = 1024  # images that are compared at once
 
@@ -35,16 +37,19 @@ def before(start: Mapping) -> list[dict]:
     return trainings_of(metadata) if metadata and same else [{"path": start["path"]}]
 
 
-def refuse_seen(trained: Trained, key: str, data: ImageData, images: ImageSet, split: str) -> None:
-    """UserError where images of the split are among those that a classifier was trained on or, of test, that chose its
-    epoch; also where that can't be told. Trainings on other data sets (data.name) are not looked at.
+def refuse_seen(
+    file: Path, metadata: Mapping, key: str, data: ImageData, images: ImageSet, split: str
+) -> None:
+    """UserError where images of the split are among those that the weights of a file (with its metadata) were trained
+    on or, of test, that chose their epoch; also where that can't be told. Trainings on other data sets (data.name) are
+    not looked at.
 
-    Where the train split is that of the evaluation's own set, its val and test are others: nothing is compared."""
+    Where the train split is that of these images, their val and test are others: nothing is compared."""
     here = images.manifest("train")
-    for one in trainings_of(trained.metadata):
+    for one in trainings_of(metadata):
         if "path" in one:
             raise UserError(
-                f"{key}: {trained.file} started from {one['path']}, which is gone or another run now; whether that saw "
+                f"{key}: {file} started from {one['path']}, which is gone or another run now; whether that saw "
                 f"images of {split} can't be told: put it back"
             )
         if one["manifest"] == here or one["data"]["name"] != data.name:
@@ -53,7 +58,7 @@ def refuse_seen(trained: Trained, key: str, data: ImageData, images: ImageSet, s
         differing = told_apart(one["data"], data)
         if found is None:
             raise UserError(
-                f"{key}: {trained.file} was trained on other images of {data.name} than data has now{differing}, and "
+                f"{key}: {file} was trained on other images of {data.name} than data has now{differing}, and "
                 f"they are not to be had; whether some of {split} are among them can't be told: take the data section "
                 "and the files of its training"
             )
@@ -64,13 +69,13 @@ def refuse_seen(trained: Trained, key: str, data: ImageData, images: ImageSet, s
         told = [f"{count} {what}" for what, count in counts.items() if count]
         if told:
             raise UserError(
-                f"{key}: {trained.file} knows images of {split}: of {len(own)}, {' and '.join(told)}{differing}; take "
+                f"{key}: {file} knows images of {split}: of {len(own)}, {' and '.join(told)}{differing}; take "
                 "the data section of its training"
             )
 
 
 def images_of(training: Mapping, data: ImageData) -> ImageSet | None:
-    """The image set of a training, from the files of this evaluation or, where they give another train split, from its
+    """The image set of a training, from the files of this data section or, where they give another train split, from its
     own; None where neither gives it."""
     args = {key: value for key, value in training["data"].items() if key not in arguments_apart()}
     roots = (

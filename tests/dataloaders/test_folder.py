@@ -66,7 +66,7 @@ def test_images_may_be_jpg_or_png_but_not_both(root):
         build(root)
     jpg.unlink()
     (root / "images" / "a_1.png").unlink()
-    with pytest.raises(UserError, match=r"a_1\.png: cannot be read"):
+    with pytest.raises(UserError, match=r"a_1\.{png,jpg,jpeg}: cannot be read"):
         build(root).read(build(root).frames[0])
 
 

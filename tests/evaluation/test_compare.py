@@ -4,6 +4,7 @@ import json
 from itertools import combinations
 
 import pytest
+from scipy.stats import binomtest
 
 from engine.command import run
 from engine.config import UserError
@@ -75,6 +76,10 @@ def test_classifiers_are_compared_by_top1(tmp_path):
     right = [side.results.worst(side.row, 0.01, "adaptive") for side in (moe, plain)]
     gap = 100 * (right[0].mean() - right[1].mean())
     page = comparison([moe, plain])
+    low, high = binomtest(int(right[0].sum()), len(right[0])).proportion_ci(method="exact")
+    worst = f"{100 * right[0].mean():.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert worst in next(line for line in page.splitlines() if line.startswith(f"| {moe.name} |"))
+    assert "[95 % interval: Clopper-Pearson, of differences a bootstrap over the 12 images]" in page
     assert f"top-1, adaptive: {moe.name} - {plain.name} = {gap:+.2f} [" in page
     told = "not attacked as hard, by 30 and 13"
     assert page.count(told) == 2 and "if both trainings" not in page  # nobody is more robust there

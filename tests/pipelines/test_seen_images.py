@@ -10,7 +10,7 @@ from dataloaders.digits import digits
 from dataloaders.image_set import ImageSplit
 from engine.checkpoints import load_weights, save_weights
 from engine.config import UserError, from_dict
-from pipelines.classification import description
+from pipelines.classification import build, description
 from pipelines.classifier_evaluation import evaluate
 from pipelines.cli import Options
 from pipelines.export import export
@@ -25,11 +25,15 @@ def section(folder, data):
     return {key: value for key, value in both.items() if value is not None}
 
 
-def run(folder, name="run", data=None, **train):
-    """The checkpoint of a training, as it would be with its first weights."""
+def training(folder, name="run", data=None, **train):
     own = {"method": "standard", "epochs": 1, **train}
     plain = {"name": name, "output": str(folder), "data": section(folder, data or {}), "network": NETWORK}
-    config = from_dict({**plain, "train": own})
+    return from_dict({**plain, "train": own})
+
+
+def run(folder, name="run", data=None, **train):
+    """The checkpoint of a training, as it would be with its first weights."""
+    config = training(folder, name, data, **train)
     model, images = config.network.build(10), config.data.build(config.data.cache_dir)
     path = folder / name / "checkpoints" / "best.safetensors"
     path.parent.mkdir(parents=True)
@@ -158,6 +162,19 @@ def test_what_the_run_saw_that_it_started_from_counts_too(tmp_path):
     other = run(tmp_path, "other")
     old = changed(second, tmp_path, start_from={"path": str(other), "sha256": "of another"})
     assert f"started from {other}, which is gone or another run now" in told_of(tmp_path, old)
+
+
+def test_images_that_trained_the_first_weights_do_not_choose_the_epoch(tmp_path):
+    first = run(tmp_path, "first")
+
+    def started(**data):
+        one = training(tmp_path, "second", data, start_from=str(first))
+        return build(one, one.data.build(one.data.cache_dir))
+
+    started()
+    with pytest.raises(UserError, match="train.start_from: .* knows images of val: of 50, .* trained it") as told:
+        started(val_seed=7)
+    assert "data.val_seed was 0, is 7" in str(told.value)
 
 
 def test_an_export_knows_what_its_run_knew(tmp_path):

@@ -28,6 +28,15 @@ def evaluation_of(workshop, **changes) -> dict:
     }
 
 
+def test_a_gate_is_not_evaluated_beside_other_experts_of_its_experts_names(workshop):
+    workshop.train(workshop.expert("other_day", ["day"]), "train.seed=5")
+    experts = {"day": str(workshop.run("other_day")), "night": str(workshop.run("night"))}
+    with pytest.raises(UserError, match="gates.gate: its expert day is .*/day/.*, experts.day is .*/other_day/"):
+        workshop.evaluate(evaluation_of(workshop, experts=experts), dry_run=True)
+    alone = {"experts": {"night": experts["night"]}, "ensembles": []}
+    workshop.evaluate(evaluation_of(workshop, **alone), dry_run=True)
+
+
 def test_gate_training_leaves_the_experts_bit_identical(workshop):
     before = {
         name: workshop.run(name).joinpath("checkpoints/best.safetensors").read_bytes()
