@@ -147,7 +147,8 @@ class ClassifierTrain(BasicTrain):
             default = cls.model_fields[key].default
             if data.get(key, default) != default:
                 why = ", as nothing attacks the validation; set val_eps" if key == "val_steps" else ""
-                mistakes.append(Mistake((key,), f"has no effect with method: {method}{why}"))
+                left = "null" if default is None else f"{default:g}, the default"
+                mistakes.append(Mistake((key,), f"has no effect with method: {method}{why}, or take {left}"))
         if method in METHODS and method != "advmoe":
             told = f"has no effect with method: {method}, which knows balance alone of train.router; null for none"
             mistakes += [Mistake(("router", key), told) for key in idle_keys(data)]

@@ -1,7 +1,7 @@
 """What a script tells its user: one message, or every mistake of a config at once."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -31,6 +31,19 @@ def blaming(key: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
+
+
+def collected(calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """What each call returns, by name. ConfigError with the messages of all that raise a UserError."""
+    results, lines = {}, []
+    for name, call in calls.items():
+        try:
+            results[name] = call()
+        except UserError as error:
+            lines.append(str(error))
+    if lines:
+        raise ConfigError(lines)
+    return results
 
 
 def first_line(error: BaseException) -> str:

@@ -197,7 +197,10 @@ class _Loop:
 
     def interrupted(self) -> Interrupted:
         steps = max(training.at.step for training in self.trainings)
-        text = f"interrupted after step {steps}; the state is saved: the same command with --resume goes on"
+        text = (
+            f"interrupted after step {steps}; the state is saved: the same command with --resume goes on (that of a "
+            "pipeline by itself)"
+        )
         for training in self.trainings:
             training.run.log(text, show=False)  # the script prints the exception
         return Interrupted(text)

@@ -20,7 +20,7 @@ from evaluation.ledger import differences, read_manifest, shown
 from evaluation.robust import is_complete
 from evaluation.robust_results import COLUMNS, Column, RobustResults, within_floor
 from evaluation.robust_tables import PASSES_TOLD, in_words, load_robust, verdict
-from evaluation.statistics import Estimate
+from evaluation.statistics import FEWEST_UNITS, Estimate
 
 LEDGER = "ledger"
 TITLES = {"miou": "mIoU", "aacc": "aAcc", "top1": "top-1"}  # of what rows are compared by
@@ -143,6 +143,8 @@ def comparison(sides: Sequence[Side]) -> str:
     units = results.resamples.units
     if isinstance(results, ImageResults):
         brackets = f"95 % interval: Clopper-Pearson, of differences a bootstrap over the {units} images"
+    elif units < FEWEST_UNITS:
+        brackets = f"no intervals: {units} blocks of images, {FEWEST_UNITS} are needed"
     else:
         brackets = f"95 % bootstrap over {units} blocks of images"
     lines = [

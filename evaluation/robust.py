@@ -35,6 +35,7 @@ from evaluation.targets import PATH, ROUTED, Target, exact_float32, threat_on, w
 from metrics.confusion import confusion
 
 TRACE = 8  # values of an attack's loss that are recorded, from the first to the last
+SAID_EVERY = 60.0  # seconds after which a line tells how far the attacks are, besides that of each batch
 LAST = 10  # values at the end that tell whether it had settled (Pintor et al. 2022, arXiv 2106.09947)
 
 Log = Callable[[str], None]
@@ -151,9 +152,16 @@ def work(
         for unit in todo
         if unit.target == target.name
     }
-    started, rest = time.monotonic(), sum(weight.values())
+    total = rest = sum(weight.values())
+    started = said = time.monotonic()
+
+    def say(where: str) -> None:
+        nonlocal said
+        said, spent = time.monotonic(), total - rest
+        line = f"{where}: {number(spent)} network passes in {duration(said - started)}"
+        log(line + (f", about {duration((said - started) / spent * rest)} to go" if rest else ""))
+
     for index, scene in enumerate(scenes):
-        done = 0
         for target in targets:
             own = by_batch.get(index, {}).get(target.name, ())
             if not own:
@@ -167,14 +175,11 @@ def work(
                         path = ledger.folder / "adversarials" / f"{unit.name}.npz"
                         save_adversarials(path, points, setup.adversarials)
                     ledger.add(unit.name, records, round(time.monotonic() - begun, 3))
-                    done += weight[unit.name]
-        if done:
-            seconds, rest = time.monotonic() - started, rest - done
-            spent = sum(weight.values()) - rest
-            log(
-                f"batch {index}: {number(spent)} network passes in {duration(seconds)}"
-                + (f", about {duration(seconds / spent * rest)} to go" if rest else "")
-            )
+                    rest -= weight[unit.name]
+                    if time.monotonic() - said > SAID_EVERY:
+                        say(f"batch {index}, {target.name}")
+        if index in by_batch:
+            say(f"batch {index}")
 
 
 class Bench:

@@ -179,8 +179,8 @@ def _intervals_line(results: Results, subsets: Sequence[str]) -> str:
     if max(blocks.values()) < FEWEST_UNITS:
         return f"Units ({what}): {units}; intervals: {few}."
     return (
-        f"[low, high]: {100 * LEVEL:.0f} % percentile intervals over {REPLICATES} resamples of units ({what}): {units}; "
-        f"{few}. The classes of a mean are the same in all resamples."
+        f"[low, high]: {100 * LEVEL:.0f} % percentile intervals over {REPLICATES} resamples of units ({what}): "
+        f"{units}; {few}. The classes of a mean are the same in all resamples."
     )
 
 

@@ -24,10 +24,11 @@ from evaluation.suites import Member
 from evaluation.targets import PRODUCTS, ROUTED, Target, exact_float32, threat_on
 
 CHECKED = 2  # images of a batch that are looked at, of each target those that it gets right if there are some
+FREED = 16  # images with one answer each that an attack without bounds is tried on: two would say little
 VANISHING = 1e-12  # of the largest entry of a gradient of mean cross-entropy: nothing moves by it
 SAME_LOGITS = 1e-4  # of the largest logit: what another batch may change by rounding
 UNSTABLE = 0.1  # of answers that noise may change
-LEFT = 0.05  # of the pixels that an attack without bounds may leave
+LEFT = 0.05  # of the answers that an attack without bounds may leave
 NOTHING = "no image has a right pixel: there is nothing to attack, and nothing to check"
 SLOPE_ERROR = 0.1  # relative, of a derivative against finite differences
 
@@ -61,14 +62,16 @@ def check_targets(
         with as_attacked(target, images.device):
             with torch.no_grad():
                 right, _ = scores(target.model(images), labels.long(), threat.ignore_index)
-            few = chosen(right, images, labels, threat_on(target, threat, images.device))
+            allowed = threat_on(target, threat, images.device)
+            few = chosen(right, images, labels, allowed)
             own, attacks = few[2], members[target.name]
             found += identity_at_zero(target, *few, attacks)
             found += batch_invariance(target, few[0])
             found += float32_throughout(target, *few)
             found += unavailable_gradients(target, *few)
             found += unstable_predictions(target, few[0], own)
-            found += unconstrained_attack(target, *few)
+            more = chosen(right, images, labels, allowed, CHECKED if labels.ndim > 1 else FREED)
+            found += unconstrained_attack(target, *more)
             if target.kind in ROUTED:
                 found += gate_gradient(target, *few)
                 found += gate_direction(target, *few)
@@ -76,12 +79,14 @@ def check_targets(
     return found + transfer_failure(targets, *chosen(torch.zeros(len(images)), images, labels, threat))
 
 
-def chosen(right: Tensor, images: Tensor, labels: Tensor, threat: Threat) -> tuple[Tensor, Tensor, Threat]:
-    """The first CHECKED images, before all others those with right pixels ([B], how many), then labelled ones; their
+def chosen(
+    right: Tensor, images: Tensor, labels: Tensor, threat: Threat, count: int = CHECKED
+) -> tuple[Tensor, Tensor, Threat]:
+    """The first `count` images, before all others those with right pixels ([B], how many), then labelled ones; their
     labels, and the threat on them."""
     labelled = [count_labelled(one, threat.ignore_index) > 0 for one in labels]
     rank = [-(2 * bool(some) + known) for some, known in zip(right.tolist(), labelled, strict=True)]
-    places = sorted(sorted(range(len(rank)), key=rank.__getitem__)[:CHECKED])
+    places = sorted(sorted(range(len(rank)), key=rank.__getitem__)[:count])
     seeds = tuple(threat.seeds[place] for place in places)
     return images[places], labels[places], replace(threat, seeds=seeds)
 
@@ -254,7 +259,7 @@ def unconstrained_attack(
     free = replace(threat, eps=1.0, norm="linf")
     found = pgd(target.model, images, labels, free, loss="masked_ce", steps=steps)
     left = found.correct.sum().item() / max(count_labelled(labels, threat.ignore_index), 1)
-    text = f"PGD of {steps} steps at eps = 1 leaves {percent(left)} % of the answers right"
+    text = f"PGD of {steps} steps at eps = 1 leaves {percent(left)} % of the answers right ({len(images)} images)"
     severity = "flag" if left > LEFT else "ok"
     return [Finding("unconstrained attack", target.name, None, "", severity, text)]
 

@@ -396,7 +396,10 @@ def main(argv: Sequence[str]) -> int:
 
     config = load(Path(arguments.submission) / "config.yaml", arguments.overrides)
     if not isinstance(config, Evaluation):
-        raise UserError(f"{arguments.submission}/config.yaml: is not the config of an evaluation")
+        raise UserError(
+            f"{arguments.submission}/config.yaml: is not the config of an evaluation of segmentation, whose attacked "
+            "images alone can be kept and scored again"
+        )
     device = pick_device(arguments.device)
     if arguments.rerun < 0:
         raise UserError(f"--rerun: {arguments.rerun} is wrong; expected 0 or more units of work")

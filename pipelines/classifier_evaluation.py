@@ -4,6 +4,7 @@ import csv
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from engine.config import (
     dump,
 )
 from engine.devices import own_gpu, pick_device
+from engine.errors import collected
 from engine.pathways import NO_LABEL
 from evaluation.beside import FINDINGS, write_beside
 from evaluation.classifier_autoattack import AUTOATTACK
@@ -82,7 +84,9 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
     if (folder / "results.csv").exists() and not (options.overwrite or options.dry_run):
         raise UserError(f"{folder}: holds an evaluation already; evaluate again with --overwrite")
     images = config.data.build(config.data.cache_dir)
-    models = {name: load(source, f"models.{name}", images) for name, source in config.models.items()}
+    models = collected(
+        {name: partial(load, source, f"models.{name}", images) for name, source in config.models.items()}
+    )
     for name, one in models.items():
         if one.trained and training:
             require_network(one.trained, training.network, "network")

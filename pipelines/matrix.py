@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 
 from dataloaders.frames import FrameIndex
-from engine.config import Evaluation, Run, UserError, from_dict
+from engine.config import Component, Evaluation, Run, UserError, from_dict
+from engine.errors import collected
 from evaluation.rows import (
     Row,
     constant_row,
@@ -176,23 +177,32 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
 
     Raises UserError for what isn't trained, is damaged, has other classes, or isn't the gate's expert, and where an
     expert of a gate is another network than the config's of that name."""
-    networks: dict[str, Trained] = {}
-    for group, runs in (("baselines", config.baselines), ("experts", config.experts)):
-        for name, source in runs.items():
-            networks[name] = load_network(source, f"{group}.{name}", index.classes)
-            require_classes(networks[name], index.classes, f"{group}.{name}", f"of data {index.name}")
-            if group == "experts":
-                require_home(networks[name], name, index)
-    gates = {}
-    for name, path in config.gates.items():
+
+    def network(group: str, name: str, source: str | Component) -> Trained:
+        trained = load_network(source, f"{group}.{name}", index.classes)
+        require_classes(trained, index.classes, f"{group}.{name}", f"of data {index.name}")
+        if group == "experts":
+            require_home(trained, name, index)
+        return trained
+
+    def gate(name: str, path: str) -> tuple[Trained, tuple[str, ...]]:
         trained, experts = load_gate(path, f"gates.{name}", networks)
         require_classes(trained, index.classes, f"gates.{name}", f"of data {index.name}")
         if not is_whole(trained):
             require_experts(f"gates.{name}", experts, {role: networks[role] for role in config.experts})
-        gates[name] = (
-            trained,
-            tuple(name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()),
+        return trained, tuple(
+            name_among(networks, expert, f"{name}:{role}") for role, expert in experts.items()
         )
+
+    runs = {"baselines": config.baselines, "experts": config.experts}
+    networks = collected(
+        {
+            name: partial(network, group, name, source)
+            for group in runs
+            for name, source in runs[group].items()
+        }
+    )
+    gates = collected({name: partial(gate, name, path) for name, path in config.gates.items()})
     ensembles = {rule.name: rule.build for rule in config.ensembles}
     return Zoo(networks, tuple(config.baselines), tuple(config.experts), ensembles, gates)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dataloaders.frames import FrameIndex
 from engine.checkpoints import copy_tensors, load_weights, tensors_sha256, with_contents
 from engine.config import Component, Gate, Run, UserError, component, table_of
+from engine.errors import blaming
 from networks.complexity import parameters
 from networks.moe import Frozen, MixtureOfExperts, gate_channels
 
@@ -45,11 +46,13 @@ def weights_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: str, key: str) -> tuple[Path, dict, dict]:
-    """(file, tensors, metadata). UserError naming the config key where nothing is trained there yet."""
+    """(file, tensors, metadata). UserError naming the config key where nothing is trained there yet, or the file is
+    damaged."""
     file = weights_file(path)
     if not file.exists():
         raise UserError(f"{key}: no checkpoint at {file}; train that network first")
-    return file, *load_weights(file)
+    with blaming(key):
+        return file, *load_weights(file)
 
 
 def load_network(source: str | Component, key: str, classes: Sequence[str] = ()) -> Trained:

@@ -75,8 +75,8 @@ def refuse_seen(
 
 
 def images_of(training: Mapping, data: ImageData) -> ImageSet | None:
-    """The image set of a training, from the files of this data section or, where they give another train split, from its
-    own; None where neither gives it."""
+    """The image set of a training, from the files of this data section or, where they give another train split, from
+    its own; None where neither gives it."""
     args = {key: value for key, value in training["data"].items() if key not in arguments_apart()}
     roots = (
         [{"root": one} for one in dict.fromkeys((data.args["root"], args["root"]))]

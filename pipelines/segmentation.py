@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -17,9 +18,9 @@ from dataloaders.loader import eval_loader, refuse_large_batch, train_loader
 from engine.adversarial import Adversary
 from engine.arithmetic import autocast_of, layout_of
 from engine.checkpoints import load_metadata
-from engine.config import IGNORE, Data, Run, UserError
+from engine.config import IGNORE, Component, Data, Run, UserError
 from engine.devices import pick_device
-from engine.errors import blaming
+from engine.errors import blaming, collected
 from engine.learner import Learner, Result
 from engine.loop import fit, images_of, optimizer_steps, supervised
 from engine.randomness import random_state, seed_everything
@@ -225,6 +226,8 @@ def refuse_bad_data(index: FrameIndex) -> None:
     """What --dry-run says of the data: warnings are printed, problems are a UserError with a line for each."""
     report = check_lists(index)
     problems = report.problems + missing_files(index)
+    for note in index.notes:
+        print(f"data: {note}")
     for warning in report.warnings:
         print(f"warning: {warning}")
     if problems:
@@ -240,16 +243,16 @@ def tell_bad_data(index: FrameIndex) -> None:
 
 def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
     """The frozen experts of a gate. UserError where one has other classes or another architecture than told."""
-    experts = {
-        name: load_network(source, f"experts.{name}", index.classes)
-        for name, source in config.experts.items()
-    }
-    for name, expert in experts.items():
-        require_classes(expert, index.classes, f"experts.{name}", f"of data {index.name}")
-        require_home(expert, name, index)
+
+    def expert(name: str, source: str | Component) -> Trained:
+        trained = load_network(source, f"experts.{name}", index.classes)
+        require_classes(trained, index.classes, f"experts.{name}", f"of data {index.name}")
+        require_home(trained, name, index)
         if config.network:
-            require_network(expert, config.network, f"experts.{name}")
-    return experts
+            require_network(trained, config.network, f"experts.{name}")
+        return trained
+
+    return collected({name: partial(expert, name, source) for name, source in config.experts.items()})
 
 
 def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

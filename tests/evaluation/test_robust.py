@@ -1,6 +1,7 @@
 """Attacks into the ledger: killed and resumed it gives the same tables, and its records are what they say."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -83,6 +84,17 @@ def test_the_cost_that_is_told_is_the_cost_that_is_counted(tmp_path):
         record["network_passes"] for _, record in records_of(tmp_path) if record["incumbent"] == "pixels"
     )
     assert made == expected
+
+
+def test_progress_is_told_between_batches_where_they_take_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.robust.SAID_EVERY", 0.0)
+    lines = []
+    toy.run(tmp_path, log=lines.append)
+    names = [target.name for target in toy.targets()]
+    told = [
+        re.match(r"batch 0, (\w+): [\d ]+ network passes in \d+ s, about \d+ s to go", line) for line in lines
+    ]
+    assert list(dict.fromkeys(one[1] for one in told if one)) == names
 
 
 def test_records_are_what_the_unmodified_network_says_of_images_inside_the_ball(tmp_path):

@@ -4,8 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
-from scipy.stats import beta
+from scipy.stats import beta, binomtest
 
 from engine.config import UserError
 from evaluation import statistics

@@ -378,7 +378,10 @@ def test_scores_of_filters_learn_and_do_not_decay(tmp_path):
         ({"method": "trades", "beta": 0}, "train.beta: 0 leaves the attacked images without weight"),
         ({"beta": 0.0}, "train.beta: 0 leaves the attacked images without weight"),
         ({"method": "pgd_at", "beta": 3}, "train.beta: has no effect with method: pgd_at"),
-        ({"method": "standard", "eps": None, "steps": 4}, "train.steps: has no effect with method: standard"),
+        (
+            {"method": "standard", "eps": None, "steps": 4},
+            "train.steps: has no effect with method: standard, or take 2, the default",
+        ),
         (
             {"method": "standard", "eps": None, "val_steps": 3},
             "train.val_steps: has no effect .* set val_eps",

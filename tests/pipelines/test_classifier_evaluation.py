@@ -381,6 +381,10 @@ def test_models_that_are_none_are_refused(bench):
         return str(error.value)
 
     assert "models.moe: no checkpoint at " in refused({"moe": str(bench.folder / "nowhere")})
+    (bench.folder / "cut.safetensors").write_bytes(b"123")
+    both = refused({"moe": str(bench.folder / "cut.safetensors"), "plain": str(bench.folder / "nowhere")})
+    assert [line.split(" ")[0] for line in both.splitlines()] == ["models.moe:", "models.plain:"]
+    assert "cut.safetensors: damaged, or no safetensors file" in both
     with pytest.raises(ConfigError, match="models: nothing to evaluate"):
         bench.config("x", {})
     with pytest.raises(ConfigError, match="models.x: .*a run folder, a checkpoint file, or a network"):

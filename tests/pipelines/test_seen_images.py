@@ -172,7 +172,9 @@ def test_images_that_trained_the_first_weights_do_not_choose_the_epoch(tmp_path)
         return build(one, one.data.build(one.data.cache_dir))
 
     started()
-    with pytest.raises(UserError, match="train.start_from: .* knows images of val: of 50, .* trained it") as told:
+    with pytest.raises(
+        UserError, match="train.start_from: .* knows images of val: of 50, .* trained it"
+    ) as told:
         started(val_seed=7)
     assert "data.val_seed was 0, is 7" in str(told.value)
 

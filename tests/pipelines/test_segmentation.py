@@ -31,7 +31,9 @@ def evaluation_of(workshop, **changes) -> dict:
 def test_a_gate_is_not_evaluated_beside_other_experts_of_its_experts_names(workshop):
     workshop.train(workshop.expert("other_day", ["day"]), "train.seed=5")
     experts = {"day": str(workshop.run("other_day")), "night": str(workshop.run("night"))}
-    with pytest.raises(UserError, match="gates.gate: its expert day is .*/day/.*, experts.day is .*/other_day/"):
+    with pytest.raises(
+        UserError, match="gates.gate: its expert day is .*/day/.*, experts.day is .*/other_day/"
+    ):
         workshop.evaluate(evaluation_of(workshop, experts=experts), dry_run=True)
     alone = {"experts": {"night": experts["night"]}, "ensembles": []}
     workshop.evaluate(evaluation_of(workshop, **alone), dry_run=True)
