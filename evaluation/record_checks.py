@@ -4,6 +4,7 @@ A figure of attacks that can't see their target's gradient, or were stopped too 
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,6 +84,14 @@ class Bout:
         cases = [self.clean, *(self.attacks[name] for name in attacks)]
         right = sum(min(right_pixels(case[image]) for case in cases) for image in self.clean)
         return right / max(sum(record["valid"] for record in self.clean.values()), 1)
+
+    def floor(self) -> float:
+        """Accuracy of the best constant answer."""
+        pixels = Counter()
+        for record in self.clean.values():
+            for truth, _, count in record["cells"]:
+                pixels[truth] += count
+        return max(pixels.values(), default=0) / max(pixels.total(), 1)
 
 
 Check = Callable[[Bout], list[Finding]]
@@ -290,10 +299,11 @@ def plausibility(bout: Bout) -> list[Finding]:
     norm = next(iter(bout.attacks[own[0]].values()))["norm"]
     found = []
     if clean and robust > KEPT * clean:
-        text = (
-            f"accuracy {percent(robust)} % under attack, {percent(clean)} % without: hardly anything is lost"
-        )
-        severe = norm == "linf" and bout.eps >= PLAUSIBLE_EPS - 1e-9 and bout.dataset not in EASY
+        told = f"accuracy {percent(robust)} % under attack, {percent(clean)} % without, on {len(bout.clean)} images"
+        trivial = clean <= bout.floor()
+        text = f"{told}: {'no better than a constant answer' if trivial else 'hardly anything is lost'}"
+        large = norm == "linf" and bout.eps >= PLAUSIBLE_EPS - 1e-9
+        severe = large and bout.dataset not in EASY and not trivial
         found.append(bout.finding("plausibility", "flag" if severe else "note", text))
     eps, best = PUBLISHED.get((bout.dataset, norm), (math.inf, 1.0))
     if bout.eps >= eps - 1e-9 and robust > best:
