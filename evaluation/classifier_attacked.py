@@ -135,7 +135,8 @@ def header_lines(results: ImageResults) -> list[str]:
         "the router, or (plain networks) as many restarts. Both hold for the attacks that were run, and for no others.",
         PASSES_TOLD,
         "all paths: images that every pathway by itself withstands attacks on, and that no attack of this suite on the "
-        "mixture broke; empirical, no proof. on the router, on "
+        "mixture broke; empirical, no proof. Of routes by stage or layer attacks on a pathway force the same expert at "
+        "every site, and no others of the many routes, and there is no such figure. on the router, on "
         "the experts: the whole model under attacks that aim at the router alone, or at the pathway of the clean image "
         "alone. stable: images of which no attack changed a route.",
         f"A figure marked * is within its interval of the floor ({FLOOR}, {percent(results.floor())}): there nothing "

@@ -49,7 +49,8 @@ def auto_lines(results: ImageResults | None, auto: ImageResults, flags: Flags) -
         line.append("-" if gap is None else points(gap.value) + in_brackets(*gap.interval()))
         cells.append(line)
     floor = percent(auto.floor())
-    cells.append([FLOOR, floor, floor, floor, *["-"] * len(paths), floor, "-"])
+    suite = "-" if results is None else floor
+    cells.append([FLOOR, floor, suite, floor, *["-"] * len(paths), floor, "-"])
     return [*lines, *markdown_table(titles, cells, left=1)]
 
 

@@ -163,8 +163,8 @@ def clean_markdown(clean: Clean, about: Mapping[str, About], dataset: str) -> st
 
 def gmacs_of(one: About) -> str:
     """Of a pass, with its parts where it has two."""
-    parts = f" ({one.pathway:.4f} + {one.router:.4f})" if one.router else ""
-    return f"{one.gmacs:.4f}{parts}"
+    parts = f" ({one.pathway:.3g} + {one.router:.3g})" if one.router else ""
+    return f"{one.gmacs:.3g}{parts}"
 
 
 def routing_lines(clean: Clean, routed: Mapping[str, Answers]) -> list[str]:

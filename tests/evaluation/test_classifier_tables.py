@@ -134,9 +134,9 @@ def test_markdown_tells_what_the_ledgers_say(written):
     assert f"| {FLOOR} | 40.00 | 40.00 | 40.00 | - | - | 40.00 | - |" in auto
     assert "-16.67 [" in [line for line in text if line.startswith(f"- {MOE} - {PLAIN}")][0]
     names = (written / "classifiers.md").read_text()
-    costs = "0.0123 (0.0100 + 0.0023) | 2,000 | 1,100"
+    costs = "0.0123 (0.01 + 0.0023) | 2,000 | 1,100"
     assert f"| moe | cnn_moe | advmoe | 91.67 [61.5, 99.8] | - | {costs} | +0.40 |" in names
-    assert f"| {PLAIN} | cnn | trades |" in names and "| 0.0100 | 1,000 | 1,000 |" in names
+    assert f"| {PLAIN} | cnn | trades |" in names and "| 0.01 | 1,000 | 1,000 |" in names
     assert (
         "| moe | 1.75 | 75.00 | 100.00 | 100.00 | 25.00 | 66.67 | 0.00 | 100.00 | 0.00 | 91.67 | 100.00 |"
         in names
