@@ -93,8 +93,8 @@ class ClassifierTrain(BasicTrain):
     """How a classifier is trained. eps and steps are those of the training attack, for pixels in [0, 1]."""
 
     method: Method = Field(
-        description="advmoe (pathways given the router, router given the pathways, in turn), at_moe (both at once, by the loss of trades), "
-        "trades, pgd_at (cross-entropy of attacked images), standard (no attack)"
+        description="advmoe (pathways given the router, router given the pathways, in turn), at_moe (both at once, "
+        "by the loss of trades), trades, pgd_at (cross-entropy of attacked images), standard (no attack)"
     )
     batch_size: PositiveInt = Field(128, description="images in a batch")
     schedule: Schedule = Field(

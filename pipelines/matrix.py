@@ -22,7 +22,14 @@ from evaluation.tables import Cost
 from networks.complexity import gmacs
 from networks.ensemble import mean
 from networks.moe import ExpertOutputs
-from pipelines.models import Trained, load_gate, load_network, require_classes, require_home
+from pipelines.models import (
+    Trained,
+    load_gate,
+    load_network,
+    require_classes,
+    require_home,
+    tell_other_frames,
+)
 
 RANDOM_GATE_SEED = 0
 CONSTANT, TRUE_SUBSET, RANDOM = "constant weights", "true subset", "random weights"
@@ -183,6 +190,7 @@ def load_zoo(config: Evaluation, index: FrameIndex) -> Zoo:
         require_classes(trained, index.classes, f"{group}.{name}", f"of data {index.name}")
         if group == "experts":
             require_home(trained, name, index)
+        tell_other_frames(trained, f"{group}.{name}", config.data)
         return trained
 
     def gate(name: str, path: str) -> tuple[Trained, tuple[str, ...]]:

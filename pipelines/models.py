@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dataloaders.frames import FrameIndex
 from engine.checkpoints import copy_tensors, load_weights, tensors_sha256, with_contents
-from engine.config import Component, Gate, Run, UserError, component, table_of
+from engine.config import Component, Data, Gate, Run, UserError, component, table_of
 from engine.errors import blaming
 from networks.complexity import parameters
 from networks.moe import Frozen, MixtureOfExperts, gate_channels
@@ -252,6 +252,19 @@ def require_home(trained: Trained, name: str, index: FrameIndex) -> None:
         raise UserError(
             f"experts.{name}: {trained.file} was trained on {', '.join(home)}, and {name} is another subset of data "
             f"{index.name}; name the run of {name}, or give this expert another name"
+        )
+
+
+def tell_other_frames(trained: Trained, key: str, data: Data) -> None:
+    """Prints that a network was trained on frames of another size, or resized otherwise, than reach it here."""
+    there = trained.metadata.get("config", {}).get("data", {})
+    if not there:  # it brings its own weights
+        return
+    (height, width), resize = there["image_size"], there["resize"]
+    if ((height, width), resize) != (tuple(data.image_size), data.resize):
+        here = f"{data.image_size[0]}x{data.image_size[1]} ({data.resize})"
+        print(
+            f"warning: {key}: trained on frames of {height}x{width} ({resize}), here they reach it at {here}"
         )
 
 

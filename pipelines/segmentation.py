@@ -44,6 +44,7 @@ from pipelines.models import (
     require_home,
     require_network,
     start_from,
+    tell_other_frames,
     weights_file,
     without_pretrained,
 )
@@ -248,6 +249,7 @@ def load_experts(config: Run, index: FrameIndex) -> dict[str, Trained]:
         trained = load_network(source, f"experts.{name}", index.classes)
         require_classes(trained, index.classes, f"experts.{name}", f"of data {index.name}")
         require_home(trained, name, index)
+        tell_other_frames(trained, f"experts.{name}", config.data)
         if config.network:
             require_network(trained, config.network, f"experts.{name}")
         return trained

@@ -39,6 +39,24 @@ def test_a_gate_is_not_evaluated_beside_other_experts_of_its_experts_names(works
     workshop.evaluate(evaluation_of(workshop, **alone), dry_run=True)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("data.image_size=[32, 64]", "32x64 (squash)"),
+        ("data.resize=letterbox", "32x48 (letterbox)"),
+        ("seed=1", ""),
+    ],
+)
+def test_frames_of_another_size_than_in_training_are_told(workshop, capsys, change, told):
+    lines = []
+    for run in (workshop.evaluate, workshop.train):
+        config = evaluation_of(workshop) if run == workshop.evaluate else workshop.gate("sized")
+        run(config, *([] if change == "seed=1" else [change]), dry_run=True)
+        lines += [line for line in capsys.readouterr().out.splitlines() if "trained on frames of" in line]
+    expected = f"warning: experts.{{}}: trained on frames of 32x48 (squash), here they reach it at {told}"
+    assert lines == ([expected.format(name) for name in ("day", "night")] * 2 if told else [])
+
+
 def test_gate_training_leaves_the_experts_bit_identical(workshop):
     before = {
         name: workshop.run(name).joinpath("checkpoints/best.safetensors").read_bytes()
