@@ -44,7 +44,11 @@ def test_the_chosen_gate_is_marked_and_a_row_that_is_not_defined_has_a_dash(resu
     assert text.index("controls") < text.index("ceilings") < text.index("floor")
 
 
-def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results_of):
+@pytest.mark.parametrize(
+    ("blocks", "units"),
+    [("abcdefghijkl", "12 single frames, taken as independent"), ("aacdefghijkl", "11 blocks of frames")],
+)
+def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results_of, blocks, units):
     results = results_of()
     twice = {
         "images": tuple("abcdefghijkl"),
@@ -58,7 +62,7 @@ def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results
         twice[name] = {
             row: np.tile(array, (2, *[1] * (array.ndim - 1))) for row, array in getattr(results, name).items()
         }
-    results = type(results)(**{**vars(results), **twice, "blocks": tuple("abcdefghijkl")})
+    results = type(results)(**{**vars(results), **twice, "blocks": tuple(blocks)})
     results.matrices[0, :6, 0, 0] -= 3
     results.matrices[0, :6, 0, 1] += 3
     text = results_table(results, ["highway", "all"], ["moe", "ensemble mean"])
@@ -73,7 +77,7 @@ def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results
     assert interval[0] < interval[1]
     compared, note = text.splitlines()[-2:]
     assert re.fullmatch(r"moe minus .* points \[[\d.]+, [\d.]+\]", compared)
-    assert note == "[95 % intervals over 12 blocks of frames]"
+    assert note == f"[95 % intervals over {units}]"
 
 
 @pytest.mark.parametrize(

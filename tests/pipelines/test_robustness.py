@@ -134,11 +134,11 @@ def test_a_submission_is_verified_from_its_folder_and_the_command_line(workshop,
     assert "units of work run again" in printed and printed.endswith("\nverified\n")
     assert run(main, [str(folder), "--rerun", "-1"]) == 2
     assert "--rerun: -1 is wrong" in capsys.readouterr().err
-    tensors, metadata = load_weights(workshop.run("night") / "checkpoints" / "best.safetensors")
+    tensors, metadata = load_weights(workshop.run("gate") / "checkpoints" / "best.safetensors")
     (tmp_path / "checkpoints").mkdir()
     changed = {name: one + 0.01 if one.is_floating_point() else one for name, one in tensors.items()}
     save_weights(tmp_path / "checkpoints" / "best.safetensors", changed, metadata)
-    assert main([str(folder), f"experts.night={tmp_path}"]) == 2
+    assert main([str(folder), f"gates.gate={tmp_path}"]) == 2
     printed = capsys.readouterr().out
     assert "wrong: gate: other weights or another network" in printed and printed.endswith("refused\n")
     assert run(main, [str(folder), "evaluate.attack_imagse=3"]) == 2
