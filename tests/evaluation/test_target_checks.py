@@ -133,6 +133,24 @@ def test_classifiers_are_checked_too_and_labels_that_count_nowhere_are_no_weakne
     assert one.severity == "note" and "nothing is labelled" in one.text
 
 
+def test_classifiers_are_attacked_without_bounds_on_16_images_and_constant_ones_not_at_all():
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES)).requires_grad_(False)
+    images = torch.rand(20, 3, SIZE, SIZE)
+    labels = head(images).argmax(dim=1)
+    assert labels.unique().numel() > 1
+    threat = Threat(8 / 255, ignore_index=None, seeds=tuple(range(20)))
+
+    def found(model):
+        every = checks.check_targets([target(model)], images, labels, threat, {"net": QUICK("single", 1)[:1]})
+        (one,) = [one for one in every if one.check == "unconstrained attack"]
+        return one.severity, one.text
+
+    assert found(head) == ("ok", "PGD of 20 steps at eps = 1 leaves 0.00 % of the answers right (16 images)")
+    one_class = torch.tensor([0.0, 9.0, 0.0, 0.0])
+    assert found(lambda images: 0 * head(images) + one_class) == ("note", checks.CONSTANT)
+
+
 def test_images_that_are_not_in_the_box_are_refused():
     for images in (IMAGES * 255, IMAGES - 0.5, IMAGES.double()):
         with pytest.raises(UserError, match=r"float32 in \[0, 1\]"):
