@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from engine.checkpoints import atomic_write, file_sha256, load_metadata
@@ -20,6 +21,7 @@ from engine.config import (
     load,
     references,
 )
+from engine.errors import collected
 from engine.flat import differences, flatten
 from pipelines.workers import workers
 
@@ -186,8 +188,9 @@ def run_stage(stage: Stage, resume: bool, device: str) -> float:
 
 def build_stages(config: Pipeline) -> dict[str, Stage]:
     """Stages by name, in order, each with its own config: the file, then the pipeline's `set`, then the stage's."""
-    stages: dict[str, Stage] = {}
-    for name, entry in config.stages.items():
+
+    def stage(name: str) -> Stage:
+        entry = config.stages[name]
         needs = tuple(dict.fromkeys(references(entry.set)))
         folders = {f"@{needed}": f"{config.output}/{config.name}/{needed}" for needed in needs}
         settings = {
@@ -195,8 +198,9 @@ def build_stages(config: Pipeline) -> dict[str, Stage]:
             "name": f"{config.name}/{name}",
             "output": config.output,
         }
-        stages[name] = Stage(name, with_shared(config, entry.config, settings, f"stages.{name}.set"), needs)
-    return stages
+        return Stage(name, with_shared(config, entry.config, settings, f"stages.{name}.set"), needs)
+
+    return collected({name: partial(stage, name) for name in config.stages})
 
 
 def with_shared(config: Pipeline, file: str, settings: dict, origin: str) -> StageConfig:

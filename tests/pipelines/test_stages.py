@@ -256,6 +256,17 @@ def test_failing_stage_stops_the_pipeline_but_not_what_runs_beside_it(folder, ca
     assert ran(capsys) == []
 
 
+def test_mistakes_of_all_stages_are_told_at_once(folder):
+    overrides = [f"stages.{name}.set.train.epohs=3" for name in ("day", "gate")]
+    with pytest.raises(UserError) as error:
+        run(folder, *overrides)
+    told = str(error.value).splitlines()
+    assert [line.partition(": train.epohs: unknown key")[0] for line in told] == [
+        "stages.day.set",
+        "stages.gate.set",
+    ]
+
+
 def test_seed_shifts_every_training_and_its_own_offsets_stay(folder):
     plain = module.build_stages(load(folder / "pipeline.yaml"))
     shifted = module.build_stages(load(folder / "pipeline.yaml", ["seed=10"]))
