@@ -8,7 +8,7 @@ from engine.sections import Section
 from evaluation.formats import aligned, in_brackets, percent, points
 from evaluation.intervals import COMPARED, Intervals, clean_estimates, difference_rows
 from evaluation.results import KINDS, Results, main_subset
-from evaluation.statistics import FEWEST_UNITS, LEVEL, are_single
+from evaluation.statistics import FEWEST_UNITS, LEVEL, units_named
 
 HEADINGS = {
     "baseline": "further baselines",
@@ -74,8 +74,7 @@ def _compared(results: Results, subset: str, intervals: Intervals) -> list[str]:
         for row in rows
     ]
     units = next((estimate.units for estimate in intervals.values()), 0)
-    what = "single frames, taken as independent" if are_single(results.blocks) else "blocks of frames"
-    told = f"[{100 * LEVEL:.0f} % intervals over {units} {what}]"
+    told = f"[{100 * LEVEL:.0f} % intervals over {units} {units_named(results.blocks)}]"
     return [*lines, told] if units >= FEWEST_UNITS else lines
 
 

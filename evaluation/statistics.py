@@ -206,9 +206,10 @@ def estimate_image_mean(resamples: Resamples, values: np.ndarray) -> Estimate:
     return Estimate(mean, _share(sums, number, number > 0, mean), resamples)
 
 
-def are_single(blocks: Sequence[str]) -> bool:
-    """Whether no two images share a block: a bootstrap takes each as independent of all others then."""
-    return len(set(blocks)) == len(blocks)
+def units_named(blocks: Sequence[str]) -> str:
+    """What a bootstrap over the blocks of these frames draws, for people."""
+    alone = len(set(blocks)) == len(blocks)
+    return "single frames, taken as independent" if alone else "blocks of consecutive frames"
 
 
 def clopper_pearson(right: int, images: int, level: float = LEVEL) -> tuple[float, float]:

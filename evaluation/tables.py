@@ -27,7 +27,7 @@ from evaluation.intervals import (
     interval_columns,
 )
 from evaluation.results import Results
-from evaluation.statistics import FEWEST_UNITS, LEVEL, REPLICATES, are_single
+from evaluation.statistics import FEWEST_UNITS, LEVEL, REPLICATES, units_named
 from metrics.confusion import iou_per_class
 
 RESULT_COLUMNS = (
@@ -170,11 +170,7 @@ def _intervals_line(results: Results, subsets: Sequence[str]) -> str:
     """What an interval is, and of how many units; that there is none, where no subset has enough."""
     blocks = {subset: len(set(np.array(results.blocks)[results.mask(subset)])) for subset in subsets}
     units = ", ".join(f"{subset} {count}" for subset, count in blocks.items())
-    what = (
-        "single frames, taken as independent of each other"
-        if are_single(results.blocks)
-        else "blocks of consecutive frames"
-    )
+    what = units_named(results.blocks)
     few = f"none for fewer than {FEWEST_UNITS}"
     if max(blocks.values()) < FEWEST_UNITS:
         return f"Units ({what}): {units}; intervals: {few}."

@@ -91,8 +91,8 @@ def evaluate(config: Classification | ClassifierEvaluation, options) -> Clean | 
         if one.trained and training:
             require_network(one.trained, training.network, "network")
         if one.trained:
-            seen = (one.trained.file, one.trained.metadata)
-            refuse_seen(*seen, f"models.{name}", config.data, images, settings.split)
+            file, metadata = one.trained.file, one.trained.metadata
+            refuse_seen(file, metadata, f"models.{name}", config.data, images, settings.split)
     for name in settings.attack_rows or ():
         if name not in models:
             raise UserError(f"evaluate.attack_rows: there is no model {name!r}; allowed: {', '.join(models)}")

@@ -49,6 +49,16 @@ def test_rows_become_frames_and_rows_without_a_split_are_not_used(root):
     assert [f.scene for f in build(root).frames] == ["a_1", "a_2", "b_1"]  # no column: each its own recording
 
 
+def test_frames_of_no_recording_are_said_to_count_as_independent(root):
+    assert "each counts as independent" in build(root).notes[0]
+    assert "independent" not in build(root, block_column="drive").notes[0]
+
+
+def test_endings_may_be_in_capitals(root):
+    (root / "images" / "a_1.png").rename(root / "images" / "a_1.PNG")
+    assert build(root).read(build(root).frames[0])[0].shape == (4, 6, 3)
+
+
 def test_ten_consecutive_rows_of_a_sequence_are_a_block(tmp_path):
     rows = [{"name": f"x_{n}", "subset": "s", "split": "train", "drive": "pq"[n % 2]} for n in range(44)]
     index = build(folder_tree(tmp_path, rows), sequence_column="drive")

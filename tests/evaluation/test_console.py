@@ -46,7 +46,10 @@ def test_the_chosen_gate_is_marked_and_a_row_that_is_not_defined_has_a_dash(resu
 
 @pytest.mark.parametrize(
     ("blocks", "units"),
-    [("abcdefghijkl", "12 single frames, taken as independent"), ("aacdefghijkl", "11 blocks of frames")],
+    [
+        ("abcdefghijkl", "12 single frames, taken as independent"),
+        ("aacdefghijkl", "11 blocks of consecutive frames"),
+    ],
 )
 def test_intervals_stand_in_the_column_of_all_and_beside_the_differences(results_of, blocks, units):
     results = results_of()
