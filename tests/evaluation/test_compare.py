@@ -13,7 +13,7 @@ from evaluation.ledger import Ledger
 from evaluation.plan import units_of
 from evaluation.robust_results import COLUMNS
 from tests.evaluation import image_ledgers as made
-from tests.evaluation.test_robust_tables import LARGE, SMALL, ledger, results, steps
+from tests.evaluation.test_robust_tables import IMAGES, LARGE, SMALL, ledger, results, steps
 
 
 def write(folder, right=steps, *, change=None, leave_out=0, **keys):
@@ -65,6 +65,15 @@ def test_every_pair_of_three_rows_is_told_as_if_alone(tmp_path):
 def test_a_row_against_itself_in_another_run(tmp_path):
     pair = [read_side(f"{write(tmp_path / name)}:moe") for name in "ab"]
     assert comparison(pair).count("= +0.00 [0.0, 0.0]: these data can't tell.") == 4
+
+
+def test_of_too_few_blocks_it_says_that_there_are_no_intervals(tmp_path):
+    few = {"blocks": [str(place % 3) for place in range(len(IMAGES))]}
+    page = comparison([read_side(f"{write(tmp_path / name, **few)}:moe") for name in "ab"])
+    assert "In percent, [no intervals: 3 blocks of images, 10 are needed]." in page
+    assert "[95 % bootstrap over 12 blocks of images]" in comparison(
+        [read_side(f"{write(tmp_path / name)}:moe") for name in "cd"]
+    )
 
 
 def test_classifiers_are_compared_by_top1(tmp_path):

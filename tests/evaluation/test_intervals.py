@@ -1,6 +1,7 @@
 """Intervals in the tables of an evaluation: that figures lie where they belong, of the units and classes told."""
 
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -113,6 +114,9 @@ def test_the_matrix_shows_them_and_the_header_tells_the_units(tmp_path):
     assert "highway 12, urban 12, all 24, fog 6; none for fewer than 10" in text
     assert "95 % percentile intervals over 2000 resamples" in header_lines(results, SUBSETS)[-1]
     assert header_lines(results, ["fog"])[-1].endswith("fog 6; intervals: none for fewer than 10.")
+    single = replace(results, blocks=results.images)
+    assert "resamples of units (single frames, taken as independent): " in header_lines(single, SUBSETS)[-1]
+    assert "units (blocks of consecutive frames): " in text
     assert "[" not in (tmp_path / "matrix.tex").read_text().split(r"\midrule", 1)[1]
 
 

@@ -40,6 +40,12 @@ def checked(folder, targets=None, scenes=None, **keys):
     return verify(folder, targets or toy.targets(), toy.members(), setup, scenes or toy.scenes(), **keys)
 
 
+def test_evaluations_of_classifiers_are_named_as_what_they_are_not(tmp_path):
+    (tmp_path / "config.yaml").write_text("name: x\ndata: {name: digits}\nmodels: {a: runs/a}\n")
+    with pytest.raises(UserError, match="config.yaml: is not the config of an evaluation of segmentation"):
+        main([str(tmp_path)])
+
+
 def rewrite(folder, change, tables=True):
     """Changes records and gives them right checksums, as a cheat would, and makes the tables from them."""
     segment = folder / "ledger" / "segment_000.jsonl"
